@@ -1,0 +1,362 @@
+#pragma once
+
+#include <lora/config/lora_config.h>
+#include <lora/detail/error.h>
+#include <lora/inject/find.h>
+#include <lora/inject/model_adapters.h>
+#include <lora/inject/report.h>
+#include <lora/inject/verify.h>
+#include <lora/io/peft.h>
+#include <lora/merge/merge_sites.h>
+#include <lora/methods/lora.h>
+#include <lora/train/param_groups.h>
+#include <lora/version.h>
+#include <torch/csrc/jit/api/module.h>
+#include <torch/nn/module.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+
+/// The adapters of one model: a cheap handle, copied freely; destroying it changes nothing.
+///
+/// Changes are for one thread at a time and not while a forward runs elsewhere; an overlap that is noticed throws a
+/// StateError. Names default to the active adapters.
+class Adapters {
+ public:
+  explicit Adapters(std::shared_ptr<detail::ModelAdapters> state) : state_(std::move(state)) {}
+
+  /// The injected modules by target, the notes and the model's trainable share, for an adapter (the first by default).
+  InjectionReport report(const std::string& name = "") const;
+
+  /// Tensors of the trainable adapters: adapter by adapter, in the model's order.
+  std::vector<at::Tensor> parameters() const;
+  /// The same with their names, "h.0.attn.c_attn.lora_default.q.lora_A".
+  std::vector<std::pair<std::string, at::Tensor>> named_parameters() const;
+  /// The same with their names and their roles for an optimizer.
+  std::vector<UpdateTensor> trainable_tensors() const;
+  /// All tensors of one adapter, trainable or not.
+  std::vector<std::pair<std::string, at::Tensor>> named_tensors(const std::string& name) const;
+
+  std::vector<std::string> names() const;
+  std::vector<std::string> active() const { return state().active(); }
+  std::vector<std::string> merged() const { return state().merged(); }
+  std::vector<std::string> trainable() const;
+
+  /// Chooses the adapters whose sum the model computes; none: the base model. On a model that is merged as a whole the
+  /// new choice is merged, one pass from W0; on a partly merged one, what was merged and stays active.
+  void set_active(const std::vector<std::string>& names);
+  /// Chooses the adapters that get gradients, apart from what is active.
+  void set_trainable(const std::vector<std::string>& names);
+
+  /// Adds another adapter, neither active nor trainable.
+  template <class Config>
+  void add(const Config& config, const std::string& name) {
+    const auto method = std::make_shared<const typename Config::Method>(config);
+    const auto lock = state().change("add");
+    state().attach(state().prepare(method, name, state().plan(*method, name, detail::Unmatched::kError), true));
+  }
+  /// Adds an adapter from a PEFT directory, neither active nor trainable. Throws a FormatError with every mismatch.
+  void load(const std::string& directory, const std::string& name);
+  /// Takes an adapter out of the model, deactivating it first. Removing the last one is unload().
+  void remove(const std::string& name);
+
+  /// Writes PEFT's layout: the adapter "default" into the directory, any other into the sub-folder of its name.
+  void save(const std::string& directory) const;
+  /// Writes one adapter into the directory itself.
+  void save(const std::string& directory, const std::string& name) const;
+
+  /// Replaces the weights by W′ = W0 + Σ s·B·A, so that forwards cost what the plain model costs. Adapters that are
+  /// active but not named stay low-rank on top. A NaN or infinite value in W′ is a c10::ValueError, and nothing is
+  /// changed.
+  MergeReport merge();
+  MergeReport merge(const std::vector<std::string>& names);
+  /// Goes back to W0, bit for bit.
+  void unmerge();
+  /// Takes every adapter out: the plain base model, bit for bit, with its requires_grad flags.
+  void unload();
+  /// Leaves the plain model with W′ of the active adapters in place of W0.
+  void merge_and_unload();
+
+  /// Runs `forward` with each B moved a little: does the output change, and does every A and B get a gradient?
+  /// Everything is restored.
+  VerifyReport verify(const std::function<at::Tensor()>& forward) const;
+
+  /// How often each operator formed a dense weight because it has no low-rank kernel.
+  std::map<std::string, int64_t> fallbacks() const { return state().calls()->fallbacks(); }
+
+  bool operator==(const Adapters& other) const { return &state() == &other.state(); }
+
+ private:
+  friend class DisableAdapters;
+
+  detail::ModelAdapters& state() const {
+    while (auto next = state_->joined_into()) state_ = std::move(next);
+    return *state_;
+  }
+
+  std::vector<UpdateTensor> tensors(const std::function<bool(const std::string& adapter)>& chosen) const;
+  void remerge(const detail::Names& active, const detail::Names& merged);
+  void check_names(const char* operation, const std::vector<std::string>& names) const;
+
+  mutable std::shared_ptr<detail::ModelAdapters> state_;
+};
+
+/// Turns a model's adapters off for the calling thread while it lives; guards nest.
+class DisableAdapters {
+ public:
+  explicit DisableAdapters(const Adapters& adapters) : calls_(adapters.state().calls()) {
+    if (!adapters.merged().empty()) {
+      throw StateError(
+          "[lora::DisableAdapters] found merged adapters, expected none: merged weights are plain; call unmerge() "
+          "first");
+    }
+    calls_->disable();
+  }
+  ~DisableAdapters() { calls_->enable(); }
+  DisableAdapters(const DisableAdapters&) = delete;
+  DisableAdapters& operator=(const DisableAdapters&) = delete;
+
+ private:
+  std::shared_ptr<detail::CallState> calls_;
+};
+
+/// Puts a new adapter into a model that is already written: active and trainable, the model's own parameters frozen.
+///
+/// `model` is a torch::nn::Module& or a torch::jit::Module&. Throws c10::ValueError, with the model unchanged, for a
+/// configuration out of range and for a target that matches nothing; StateError for a model that has adapters.
+template <class Model, class Config>
+Adapters inject(Model& model, const Config& config, const std::string& name = "default") {
+  const auto method = std::make_shared<const typename Config::Method>(config);
+  const auto state = detail::open_model(model);
+  state->attach(state->prepare(method, name, state->plan(*method, name, detail::Unmatched::kError), true));
+  state->install({name}, {});
+  state->set_trainable({name});
+  return Adapters(state);
+}
+
+/// Injects a saved PEFT directory by its own configuration: active, not trainable.
+template <class Model>
+Adapters load(Model& model, const std::string& directory, const std::string& name = "default") {
+  const auto state = detail::open_model(model);
+  state->attach(detail::read_adapter(*state, directory, name));
+  state->install({name}, {});
+  state->set_trainable({});
+  return Adapters(state);
+}
+
+/// The handle on a model's adapters, also where every other handle is gone. Throws a StateError where there are none.
+template <class Model>
+Adapters adapters_of(const Model& model) {
+  return Adapters(detail::adapters_of(model));
+}
+
+/// Parameter groups of all that is trainable, see the overload for tensors.
+template <class Options>
+std::vector<torch::optim::OptimizerParamGroup> param_groups(const Adapters& adapters, const Options& options,
+                                                            const LoraPlusOptions& plus = {}) {
+  return param_groups(adapters.trainable_tensors(), options, plus);
+}
+
+inline InjectionReport Adapters::report(const std::string& name) const {
+  const auto& state = this->state();
+  TORCH_CHECK_VALUE(!state.adapters().empty(), "[lora::report] found no adapter, expected one");
+  auto report = state.adapter(name.empty() ? state.adapters().front().name : name).report;
+  for (const auto& [parameter, required] : state.original_parameters()) {
+    report.total_parameters += parameter.numel();
+    if (parameter.requires_grad()) report.trainable_parameters += parameter.numel();
+  }
+  for (const auto& named : tensors([](const std::string&) { return true; })) {
+    report.total_parameters += named.tensor.numel();
+    if (named.tensor.requires_grad()) report.trainable_parameters += named.tensor.numel();
+  }
+  return report;
+}
+
+inline std::vector<UpdateTensor> Adapters::tensors(const std::function<bool(const std::string&)>& chosen) const {
+  std::vector<UpdateTensor> result;
+  for (const auto& adapter : state().adapters()) {
+    if (!chosen(adapter.name)) continue;
+    for (const auto& site : state().sites()) {
+      const auto* updates = site.find(adapter.name);
+      if (updates == nullptr) continue;
+      const auto node = detail::join_path(site.module_path, detail::ModelAdapters::node_name(adapter.name));
+      for (const auto& part : updates->parts) {
+        const auto child = part.name.empty() ? detail::ModelAdapters::local_name(site) : part.name;
+        for (auto& named : part.update->tensors()) {
+          named.name = detail::join_path(detail::join_path(node, child), named.name);
+          result.push_back(std::move(named));
+        }
+      }
+    }
+  }
+  return result;
+}
+
+inline std::vector<UpdateTensor> Adapters::trainable_tensors() const {
+  const auto names = trainable();
+  return tensors([&](const std::string& name) { return detail::contains(names, name); });
+}
+
+inline std::vector<at::Tensor> Adapters::parameters() const {
+  std::vector<at::Tensor> result;
+  for (auto& named : trainable_tensors()) result.push_back(std::move(named.tensor));
+  return result;
+}
+
+inline std::vector<std::pair<std::string, at::Tensor>> Adapters::named_parameters() const {
+  std::vector<std::pair<std::string, at::Tensor>> result;
+  for (auto& named : trainable_tensors()) result.emplace_back(std::move(named.name), std::move(named.tensor));
+  return result;
+}
+
+inline std::vector<std::pair<std::string, at::Tensor>> Adapters::named_tensors(const std::string& name) const {
+  state().adapter(name);
+  std::vector<std::pair<std::string, at::Tensor>> result;
+  for (auto& named : tensors([&](const std::string& adapter) { return adapter == name; })) {
+    result.emplace_back(std::move(named.name), std::move(named.tensor));
+  }
+  return result;
+}
+
+inline std::vector<std::string> Adapters::names() const {
+  std::vector<std::string> result;
+  for (const auto& adapter : state().adapters()) result.push_back(adapter.name);
+  return result;
+}
+
+inline std::vector<std::string> Adapters::trainable() const {
+  std::vector<std::string> result;
+  for (const auto& adapter : state().adapters()) {
+    if (adapter.trainable) result.push_back(adapter.name);
+  }
+  return result;
+}
+
+inline void Adapters::check_names(const char* operation, const std::vector<std::string>& names) const {
+  for (size_t i = 0; i < names.size(); ++i) {
+    state().adapter(names[i]);
+    TORCH_CHECK_VALUE(std::find(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(i), names[i]) ==
+                          names.begin() + static_cast<std::ptrdiff_t>(i),
+                      "[lora::", operation, "] found \"", names[i], "\" twice, expected each adapter once");
+  }
+}
+
+inline void Adapters::remerge(const detail::Names& active, const detail::Names& merged) {
+  auto weights = detail::merge_sites(state().sites(), merged);
+  state().install(active, merged, weights);
+}
+
+inline void Adapters::set_active(const std::vector<std::string>& names) {
+  const auto lock = state().change("set_active");
+  check_names("set_active", names);
+  detail::Names merged;
+  const auto& before = state().merged();
+  for (const auto& name : names) {
+    if (!before.empty() && (before.size() == state().active().size() || detail::contains(before, name))) {
+      merged.push_back(name);
+    }
+  }
+  remerge(names, merged);
+}
+
+inline void Adapters::set_trainable(const std::vector<std::string>& names) {
+  const auto lock = state().change("set_trainable");
+  check_names("set_trainable", names);
+  state().set_trainable(names);
+}
+
+inline void Adapters::load(const std::string& directory, const std::string& name) {
+  const auto lock = state().change("load");
+  state().attach(detail::read_adapter(state(), directory, name));
+}
+
+inline void Adapters::remove(const std::string& name) {
+  const auto lock = state().change("remove");
+  state().adapter(name);
+  if (state().adapters().size() == 1) {
+    state().unload({});
+    return;
+  }
+  auto active = state().active();
+  active.erase(std::remove(active.begin(), active.end(), name), active.end());
+  set_active(active);
+  state().detach(name);
+  remerge(active, state().merged());
+}
+
+inline void Adapters::save(const std::string& directory) const {
+  for (const auto& name : names()) save(name == "default" ? directory : directory + "/" + name, name);
+}
+
+inline void Adapters::save(const std::string& directory, const std::string& name) const {
+  detail::write_adapter(state(), name, directory);
+}
+
+inline MergeReport Adapters::merge() {
+  if (state().active().empty()) {
+    throw StateError("[lora::merge] found no active adapter, expected one; call set_active first");
+  }
+  return merge(state().active());
+}
+
+inline MergeReport Adapters::merge(const std::vector<std::string>& names) {
+  const auto lock = state().change("merge");
+  check_names("merge", names);
+  if (state().calls()->disabled_anywhere()) {
+    throw StateError("[lora::merge] found the adapters disabled, expected no DisableAdapters guard alive");
+  }
+  detail::Names merged;
+  for (const auto& name : state().active()) {
+    if (detail::contains(names, name) || detail::contains(state().merged(), name)) merged.push_back(name);
+  }
+  for (const auto& name : names) {
+    if (!detail::contains(merged, name)) {
+      throw StateError("[lora::merge] found \"" + name +
+                       "\" inactive, expected an active adapter: merging it would change the output; call set_active "
+                       "first");
+    }
+  }
+  const auto weights = detail::merge_sites(state().sites(), merged);
+  state().install(state().active(), merged, weights);
+  MergeReport report;
+  for (const auto& [site, weight] : weights) {
+    ++report.weights;
+    report.bytes += static_cast<int64_t>(weight.nbytes());
+  }
+  return report;
+}
+
+inline void Adapters::unmerge() {
+  const auto lock = state().change("unmerge");
+  if (state().merged().empty()) throw StateError("[lora::unmerge] found nothing merged, expected merge() before");
+  state().install(state().active(), {});
+}
+
+inline void Adapters::unload() {
+  const auto lock = state().change("unload");
+  state().unload({});
+}
+
+inline void Adapters::merge_and_unload() {
+  const auto lock = state().change("merge_and_unload");
+  state().unload(detail::merge_sites(state().sites(), state().active()));
+}
+
+inline VerifyReport Adapters::verify(const std::function<at::Tensor()>& forward) const {
+  const auto lock = state().change("verify");
+  if (!state().merged().empty()) {
+    throw StateError("[lora::verify] found merged adapters, expected none; call unmerge() first");
+  }
+  const auto active = state().active();
+  return detail::verify(tensors([&](const std::string& name) { return detail::contains(active, name); }), forward);
+}
+
+LORA_NAMESPACE_END

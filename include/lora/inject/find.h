@@ -1,0 +1,117 @@
+#pragma once
+
+#include <lora/detail/error.h>
+#include <lora/inject/hosts/module_hosts.h>
+#include <lora/inject/hosts/script_executor.h>
+#include <lora/inject/hosts/script_hosts.h>
+#include <lora/inject/model_adapters.h>
+#include <lora/version.h>
+#include <torch/csrc/jit/api/module.h>
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+namespace detail {
+
+/// Adapters found in a model, with the path of the module that their own paths are relative to.
+struct FoundAdapters {
+  std::shared_ptr<ModelAdapters> adapters;
+  std::string root;
+};
+
+inline void add_found(std::vector<FoundAdapters>& found, std::shared_ptr<ModelAdapters> adapters, std::string root) {
+  const bool known =
+      std::any_of(found.begin(), found.end(), [&](const auto& other) { return other.adapters == adapters; });
+  if (!known) found.push_back({std::move(adapters), std::move(root)});
+}
+
+inline void find_adapters(const torch::nn::Module& module, const std::string& path, std::vector<FoundAdapters>& found) {
+  for (const auto& child : module.named_children()) {
+    const auto* node = dynamic_cast<const AdapterNode*>(child.value().get());
+    if (node == nullptr) {
+      find_adapters(*child.value(), join_path(path, child.key()), found);
+      continue;
+    }
+    auto adapters = std::static_pointer_cast<ModelAdapters>(node->owner());
+    for (const auto& site : adapters->sites()) {
+      const bool here = std::any_of(site.adapters.begin(), site.adapters.end(),
+                                    [&](const auto& adapter) { return adapter.node.lock().get() == node; });
+      if (!here) continue;
+      const auto length = path.size() - std::min(path.size(), site.module_path.size());
+      add_found(found, adapters, path.substr(0, length == 0 ? 0 : length - (site.module_path.empty() ? 0 : 1)));
+      break;
+    }
+  }
+}
+
+inline std::vector<FoundAdapters> find_adapters(const torch::nn::Module& model) {
+  std::vector<FoundAdapters> found;
+  find_adapters(model, "", found);
+  return found;
+}
+
+inline std::vector<FoundAdapters> find_adapters(const torch::jit::Module& model) {
+  std::vector<FoundAdapters> found;
+  for (const auto& module : model.modules()) {
+    for (const auto& attribute : module.named_attributes(/*recurse=*/false)) {
+      if (!attribute.value.isTensor() || !attribute.value.toTensor().defined()) continue;
+      const auto tensor = attribute.value.toTensor();
+      if (const auto* carrier = as_carrier(tensor)) {
+        add_found(found, std::static_pointer_cast<ModelAdapters>(carrier->owner()), "");
+      } else if (auto* mark = dynamic_cast<OwnerMark*>(tensor.unsafeGetTensorImpl()->get_backend_meta())) {
+        add_found(found, mark->adapters, "");
+      }
+    }
+  }
+  return found;
+}
+
+/// Makes one set of adapters out of those of the modules that are written with LoRALinear, with paths from the root.
+/// The old handles follow to the new set.
+inline std::shared_ptr<ModelAdapters> join_adapters(std::vector<FoundAdapters> found) {
+  auto joined = std::make_shared<ModelAdapters>(ModelSites{}, std::vector<at::Tensor>{}, nullptr);
+  for (auto& part : found) joined->join(*part.adapters, part.root);
+  return joined;
+}
+
+template <class Module>
+std::shared_ptr<ModelAdapters> adapters_of(const Module& model) {
+  auto found = find_adapters(model);
+  if (found.empty()) {
+    throw StateError("[lora::adapters_of] found no adapters in the model, expected some; call lora::inject first");
+  }
+  const bool of_one_layer = found.front().adapters->sites().front().file_path.empty() && !found.front().root.empty();
+  return found.size() == 1 && !of_one_layer ? found.front().adapters : join_adapters(std::move(found));
+}
+
+/// The sites of a model without adapters, ready for its first one.
+template <class Module>
+void check_without_adapters(const Module& model) {
+  check_key_owner();
+  if (!find_adapters(model).empty()) {
+    throw StateError(
+        "[lora::inject] found adapters in the model, expected none; add another adapter by "
+        "lora::adapters_of(model).add(config, name)");
+  }
+}
+
+inline std::shared_ptr<ModelAdapters> open_model(torch::nn::Module& model) {
+  check_without_adapters(model);
+  return std::make_shared<ModelAdapters>(ModuleWalk().walk(model), model.parameters(), nullptr);
+}
+
+inline std::shared_ptr<ModelAdapters> open_model(torch::jit::Module& model) {
+  check_without_adapters(model);
+  std::vector<at::Tensor> parameters;
+  for (const auto& parameter : model.parameters()) parameters.push_back(parameter);
+  return std::make_shared<ModelAdapters>(ScriptWalk().walk(model), std::move(parameters),
+                                         std::make_shared<ScriptSession>(model));
+}
+
+}  // namespace detail
+LORA_NAMESPACE_END

@@ -1,0 +1,377 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
+#include <lora/detail/error.h>
+#include <lora/inject/plan.h>
+#include <lora/inject/report.h>
+#include <lora/inject/site.h>
+#include <lora/methods/method.h>
+#include <lora/version.h>
+#include <lora/weight/adapted_weight.h>
+#include <lora/weight/adapter_node.h>
+#include <lora/weight/registrar.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+namespace detail {
+
+using Names = std::vector<std::string>;
+
+inline bool contains(const Names& names, const std::string& name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+/// An adapter that is made and checked but not yet in the model.
+struct PreparedAdapter {
+  std::string name;
+  std::shared_ptr<const Method> method;
+  InjectionReport report;
+  std::vector<std::pair<size_t, std::shared_ptr<WeightAdapter>>> updates;  // site index, updates
+};
+
+class ModelAdapters;
+
+/// Names a model's adapters on a merged weight, which is a plain tensor: TorchScript has no other place for it.
+struct OwnerMark final : c10::BackendMeta {
+  explicit OwnerMark(std::shared_ptr<ModelAdapters> model_adapters) : adapters(std::move(model_adapters)) {}
+  std::shared_ptr<ModelAdapters> adapters;
+};
+
+/// The adapters of one model: what all `Adapters` handles of it share. The model keeps it alive, through the nodes
+/// below its hosts and through its carriers; it does not keep the model alive.
+class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
+ public:
+  struct Adapter {
+    std::string name;
+    std::shared_ptr<const Method> method;
+    InjectionReport report;
+    bool trainable = false;
+  };
+
+  /// `parameters` are all parameters of the model; `session` lives until unload (TorchScript's executor switch).
+  ModelAdapters(ModelSites model, std::vector<at::Tensor> parameters, std::shared_ptr<void> session)
+      : model_(std::move(model)), session_(std::move(session)) {
+    for (auto& parameter : parameters) {
+      const bool required = parameter.requires_grad();
+      original_parameters_.emplace_back(std::move(parameter), required);
+    }
+  }
+
+  const std::vector<Site>& sites() const { return model_.sites; }
+  std::vector<Site>& sites() { return model_.sites; }
+  const std::vector<Adapter>& adapters() const { return adapters_; }
+  const Names& active() const { return active_; }
+  const Names& merged() const { return merged_; }
+  const std::shared_ptr<CallState>& calls() const { return calls_; }
+  const std::vector<std::pair<at::Tensor, bool>>& original_parameters() const { return original_parameters_; }
+  bool unloaded() const { return unloaded_; }
+
+  const Adapter& adapter(const std::string& name) const {
+    const auto found = std::find_if(adapters_.begin(), adapters_.end(), [&](const auto& a) { return a.name == name; });
+    if (found == adapters_.end()) {
+      std::string known;
+      for (const auto& a : adapters_) known += (known.empty() ? "" : ", ") + a.name;
+      TORCH_CHECK_VALUE(false, "[lora::adapters] found no adapter \"", name, "\", expected one of: ", known);
+    }
+    return *found;
+  }
+
+  /// Holds the model's adapters still: one change at a time and none while a kernel of another thread runs.
+  std::unique_lock<std::recursive_mutex> change(const char* operation) {
+    std::unique_lock<std::recursive_mutex> lock(mutex_);
+    if (unloaded_) {
+      throw StateError(std::string("[lora::") + operation +
+                       "] found adapters that were unloaded, expected them in their model; call lora::inject again");
+    }
+    if (calls_->running()) {
+      throw StateError(std::string("[lora::") + operation +
+                       "] found a forward running in another thread, expected none while adapters change");
+    }
+    return lock;
+  }
+
+  /// Chooses the sites for an adapter; the model is not touched.
+  Plan plan(const Method& method, const std::string& name, Unmatched unmatched) const {
+    check_name(name);
+    if (c10::InferenceMode::is_enabled()) {
+      throw StateError(
+          "[lora::inject] found InferenceMode enabled, expected it off: tensors made in it get no gradient");
+    }
+    return Planner(model_, method.targeting(), unmatched).plan();
+  }
+
+  /// Makes the updates of a planned adapter, without values where they are not to be `initialise`d; the model is not
+  /// touched.
+  PreparedAdapter prepare(const std::shared_ptr<const Method>& method, const std::string& name, const Plan& plan,
+                          bool initialise) const {
+    PreparedAdapter prepared{name, method, {}, {}};
+    std::map<size_t, InjectionReport::Module> modules;
+    for (const auto& planned : plan.sites) {
+      const auto& site = model_.sites[planned.site];
+      const auto base = site.base();
+      const auto options = base.options().dtype(method->tensor_dtype(base.scalar_type())).requires_grad(false);
+      auto adapter = std::make_shared<WeightAdapter>();
+      adapter->adapter = name;
+      adapter->dropout = method->dropout();
+      InjectionReport::Module module{site.path, "", base.size(0), base.size(1), 0};
+      for (const auto& part : planned.parts) {
+        adapter->parts.push_back(
+            {part.name, part.begin, method->create({site.file_path, base.size(1), part.size, options, initialise})});
+        if (!part.name.empty()) module.parts += (module.parts.empty() ? "" : ",") + part.name;
+        for (const auto& named : adapter->parts.back().update->tensors()) module.parameters += named.tensor.numel();
+      }
+      if (!module.parts.empty()) module.parts = "[" + module.parts + "]";
+      prepared.updates.emplace_back(planned.site, std::move(adapter));
+      modules[planned.site] = std::move(module);
+    }
+    prepared.report.adapter = name;
+    prepared.report.notes = plan.notes;
+    for (const auto& entry : plan.entries) {
+      InjectionReport::Entry lines{entry.target, {}};
+      for (const auto site : entry.sites) lines.modules.push_back(modules.at(site));
+      prepared.report.entries.push_back(std::move(lines));
+    }
+    return prepared;
+  }
+
+  /// Puts a prepared adapter into the model, neither active nor trainable. On an exception the model is as before.
+  void attach(PreparedAdapter prepared) {
+    size_t done = 0;
+    std::map<std::string, std::shared_ptr<AdapterNode>> nodes;
+    try {
+      for (; done < prepared.updates.size(); ++done) attach(prepared, done, nodes);
+    } catch (...) {
+      detach(prepared.name);
+      throw;
+    }
+    if (adapters_.empty()) {
+      for (const auto& [parameter, required] : original_parameters_) {
+        if (parameter.is_leaf()) parameter.set_requires_grad(false);
+      }
+    }
+    adapters_.push_back({prepared.name, prepared.method, std::move(prepared.report), false});
+  }
+
+  /// Takes an adapter that is not active out of the model.
+  void detach(const std::string& name) {
+    Names done;
+    for (auto& site : model_.sites) {
+      const auto end = std::remove_if(site.adapters.begin(), site.adapters.end(), [&](const Site::Adapter& adapter) {
+        if (adapter.updates->adapter != name) return false;
+        if (adapter.node.lock() != nullptr && !contains(done, site.module_path)) {
+          done.push_back(site.module_path);
+          site.host->detach(node_name(name));
+        }
+        return true;
+      });
+      site.adapters.erase(end, site.adapters.end());
+    }
+    adapters_.erase(std::remove_if(adapters_.begin(), adapters_.end(), [&](const auto& a) { return a.name == name; }),
+                    adapters_.end());
+  }
+
+  void set_trainable(const Names& names) {
+    for (const auto& name : names) adapter(name);
+    for (auto& adapter : adapters_) adapter.trainable = contains(names, adapter.name);
+    for (auto& site : model_.sites) {
+      for (const auto& adapter : site.adapters) {
+        for (const auto& part : adapter.updates->parts) {
+          for (auto& named : part.update->tensors()) {
+            named.tensor.set_requires_grad(contains(names, adapter.updates->adapter));
+          }
+        }
+      }
+    }
+  }
+
+  /// Makes `active` the active adapters. `weights` holds the merged W′ of sites by index, `merged` the adapters in
+  /// them; a site without one goes back to W0.
+  void install(const Names& active, const Names& merged, const std::map<size_t, at::Tensor>& weights = {}) {
+    for (size_t i = 0; i < model_.sites.size(); ++i) {
+      auto& site = model_.sites[i];
+      if (site.weight == nullptr) continue;
+      const auto merged_weight = weights.find(i);
+      std::vector<std::shared_ptr<const WeightAdapter>> unmerged;
+      for (const auto& name : active) {
+        for (const auto& adapter : site.adapters) {
+          if (adapter.updates->adapter == name && !contains(merged, name)) unmerged.push_back(adapter.updates);
+        }
+      }
+      const auto base = merged_weight == weights.end() ? site.weight->base() : merged_weight->second;
+      const bool plain = site.adapters.empty() || (merged_weight != weights.end() && unmerged.empty());
+      site.weight->publish(base, std::move(unmerged));
+      if (!plain) {
+        site.host->set_weight(make_carrier(site.weight, shared_from_this()));
+      } else if (merged_weight == weights.end() || site.host->takes_nodes()) {
+        site.host->set_weight(base);
+      } else {
+        // An alias carries the mark: the merged weight itself is kept by the state that the mark keeps.
+        const auto marked = base.detach();
+        marked.unsafeGetTensorImpl()->set_backend_meta(c10::make_intrusive<OwnerMark>(shared_from_this()));
+        site.host->set_weight(marked);
+      }
+    }
+    active_ = active;
+    merged_ = merged;
+  }
+
+  /// Leaves the model as it was before the first injection, with `weights` (by site) in place of W0 where given.
+  void unload(const std::map<size_t, at::Tensor>& weights) {
+    const auto self = shared_from_this();  // the nodes and carriers that go away may be its last owners
+    install({}, {});
+    for (size_t i = 0; i < model_.sites.size(); ++i) {
+      auto& site = model_.sites[i];
+      if (site.weight == nullptr) continue;
+      auto base = site.weight->base();
+      const auto merged = weights.find(i);
+      if (merged != weights.end() && site.tied_to.empty()) {
+        base.set_data(merged->second);
+      } else if (merged != weights.end()) {
+        base = merged->second;
+        site.host->set_parameter(base);
+        untied_.emplace_back(base, site.weight->base());
+      }
+      site.host->set_weight(base);
+    }
+    while (!adapters_.empty()) detach(std::string(adapters_.back().name));
+    for (auto& [parameter, required] : original_parameters_) {
+      if (parameter.is_leaf()) parameter.set_requires_grad(required);
+      for (auto& [fresh, old] : untied_) {
+        if (old.is_same(parameter)) fresh.set_requires_grad(required);
+      }
+    }
+    for (auto& site : model_.sites) site.weight.reset();
+    session_.reset();
+    unloaded_ = true;
+  }
+
+  /// A node with the host that it hangs below.
+  struct HungNode {
+    std::shared_ptr<Host> host;
+    std::shared_ptr<AdapterNode> node;
+  };
+
+  /// Leaves the plain model, without carrier and node, until resume() gets the nodes back.
+  std::vector<HungNode> suspend() {
+    std::vector<HungNode> nodes;
+    for (auto& site : model_.sites) {
+      if (site.weight == nullptr) continue;
+      site.host->set_weight(site.weight->base());
+      for (const auto& adapter : site.adapters) {
+        const auto node = adapter.node.lock();
+        const bool known =
+            std::any_of(nodes.begin(), nodes.end(), [&](const HungNode& hung) { return hung.node == node; });
+        if (node == nullptr || known) continue;
+        site.host->detach(node->name());
+        nodes.push_back({site.host, node});
+      }
+    }
+    return nodes;
+  }
+  void resume(const std::vector<HungNode>& nodes) {
+    for (const auto& [host, node] : nodes) host->attach(node->name(), node);
+    install(active_, {});
+  }
+
+  /// Takes over the adapters of another set, whose paths are relative to `root`; its handles follow to this one.
+  void join(ModelAdapters& other, const std::string& root) {
+    const auto lock = other.change("adapters_of");
+    if (!other.merged_.empty()) {
+      throw StateError("[lora::adapters_of] found merged adapters at " + root +
+                       ", expected none; call unmerge() first");
+    }
+    for (auto& site : other.model_.sites) {
+      site.path = join_path(root, site.path);
+      site.aliases.push_back(join_path(root, site.file_path));
+      site.file_path = site.aliases.back();
+      site.module_path = join_path(root, site.module_path);
+      if (site.weight != nullptr) site.weight->set_calls(calls_);
+      for (const auto& adapter : site.adapters) {
+        if (const auto node = adapter.node.lock()) node->set_owner(shared_from_this());
+      }
+      model_.sites.push_back(std::move(site));
+    }
+    for (auto& adapter : other.adapters_) {
+      const auto known = std::find_if(adapters_.begin(), adapters_.end(),
+                                      [&](const auto& candidate) { return candidate.name == adapter.name; });
+      for (auto& entry : adapter.report.entries) {
+        for (auto& module : entry.modules) module.path = join_path(root, module.path);
+      }
+      if (known == adapters_.end()) {
+        adapters_.push_back(std::move(adapter));
+        continue;
+      }
+      known->trainable = known->trainable || adapter.trainable;
+      for (auto& entry : adapter.report.entries) known->report.entries.push_back(std::move(entry));
+    }
+    for (auto& parameter : other.original_parameters_) original_parameters_.push_back(std::move(parameter));
+    for (const auto& name : other.active_) {
+      if (!contains(active_, name)) active_.push_back(name);
+    }
+    other.model_.sites.clear();
+    other.adapters_.clear();
+    other.joined_into_ = shared_from_this();
+    install(active_, {});
+  }
+
+  /// The set that took this one's adapters over, or null.
+  std::shared_ptr<ModelAdapters> joined_into() const { return joined_into_.lock(); }
+
+  static std::string node_name(const std::string& adapter) { return "lora_" + adapter; }
+
+ private:
+  void check_name(const std::string& name) const {
+    TORCH_CHECK_VALUE(!name.empty() && name.find_first_of("./") == std::string::npos &&
+                          std::string("lora_").find(name) == std::string::npos,
+                      "[lora::inject] found the adapter name \"", name,
+                      "\", expected a name without '.' and '/' that is no part of \"lora_\" (PEFT cannot load those)");
+    for (const auto& adapter : adapters_) {
+      TORCH_CHECK_VALUE(adapter.name != name, "[lora::inject] found an adapter named \"", name,
+                        "\" in the model, expected a new name; remove() it first or choose another");
+    }
+  }
+
+  void attach(const PreparedAdapter& prepared, size_t index,
+              std::map<std::string, std::shared_ptr<AdapterNode>>& nodes) {
+    const auto& [site_index, updates] = prepared.updates[index];
+    auto& site = model_.sites[site_index];
+    if (site.weight == nullptr) site.weight = std::make_shared<AdaptedWeight>(site.host, site.host->weight(), calls_);
+    auto& node = nodes[site.module_path];
+    if (node == nullptr) {
+      node = std::make_shared<AdapterNode>(node_name(prepared.name), shared_from_this(), prepared.method);
+      if (site.host->takes_nodes()) site.host->attach(node_name(prepared.name), node);
+    }
+    node->add(site.weight, *updates, local_name(site));
+    site.adapters.push_back({updates, node});
+  }
+
+ public:
+  /// The name of a weight inside its module, empty for a module with one weight.
+  static std::string local_name(const Site& site) {
+    return site.path == site.module_path ? "" : site.path.substr(site.path.rfind('.') + 1);
+  }
+
+ private:
+  ModelSites model_;
+  std::vector<Adapter> adapters_;
+  Names active_;
+  Names merged_;
+  std::shared_ptr<CallState> calls_ = std::make_shared<CallState>();
+  std::vector<std::pair<at::Tensor, bool>> original_parameters_;  // with their requires_grad
+  std::vector<std::pair<at::Tensor, at::Tensor>> untied_;
+  std::shared_ptr<void> session_;
+  std::recursive_mutex mutex_;
+  std::weak_ptr<ModelAdapters> joined_into_;
+  bool unloaded_ = false;
+};
+
+}  // namespace detail
+LORA_NAMESPACE_END

@@ -1,0 +1,77 @@
+#pragma once
+
+#include <lora/version.h>
+
+#include <cstdint>
+#include <map>
+#include <ostream>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+
+/// What an injection did: each entry of target_modules with the modules that it matched.
+struct InjectionReport {
+  struct Module {
+    std::string path;
+    std::string parts;  // "[q,v]"; empty: the whole weight
+    int64_t out_features = 0;
+    int64_t in_features = 0;
+    int64_t parameters = 0;  // of the adapter on this module
+  };
+  struct Entry {
+    std::string target;
+    std::vector<Module> modules;
+  };
+
+  std::string adapter;
+  std::vector<Entry> entries;
+  std::vector<std::string> notes;    // tied weights, modules left out: what the user would want to know
+  int64_t trainable_parameters = 0;  // of the model, all trainable adapters together
+  int64_t total_parameters = 0;      // of the model with its adapters
+};
+
+namespace detail {
+
+/// "h.0.attn.c_attn" → "h.*.attn.c_attn": equal layers print as one line.
+inline std::string without_numbers(const std::string& path) {
+  std::string result;
+  std::istringstream components(path);
+  for (std::string component; std::getline(components, component, '.');) {
+    const bool number = !component.empty() && component.find_first_not_of("0123456789") == std::string::npos;
+    result += (result.empty() ? "" : ".") + (number ? "*" : component);
+  }
+  return result;
+}
+
+}  // namespace detail
+
+inline std::ostream& operator<<(std::ostream& out, const InjectionReport& report) {
+  out << "adapter \"" << report.adapter << "\"\n";
+  for (const auto& entry : report.entries) {
+    std::vector<std::pair<std::string, int64_t>> lines;
+    for (const auto& module : entry.modules) {
+      std::ostringstream line;
+      line << detail::without_numbers(module.path) << module.parts << "  [" << module.out_features << ", "
+           << module.in_features << "]  " << module.parameters << " parameters each";
+      if (lines.empty() || lines.back().first != line.str()) lines.emplace_back(line.str(), 0);
+      ++lines.back().second;
+    }
+    out << "  " << entry.target << ": " << entry.modules.size()
+        << (entry.modules.size() == 1 ? " module\n" : " modules\n");
+    for (const auto& [line, count] : lines) out << "    " << count << " x " << line << "\n";
+  }
+  for (const auto& note : report.notes) out << "  note: " << note << "\n";
+  const auto share = report.total_parameters == 0 ? 0.0
+                                                  : 100.0 * static_cast<double>(report.trainable_parameters) /
+                                                        static_cast<double>(report.total_parameters);
+  const auto precision = out.precision(3);
+  out << "  trainable: " << report.trainable_parameters << " of " << report.total_parameters << " parameters (" << share
+      << " %)\n";
+  out.precision(precision);
+  return out;
+}
+
+LORA_NAMESPACE_END

@@ -1,0 +1,76 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <lora/config/targets.h>
+#include <lora/version.h>
+#include <lora/weight/adapted_weight.h>
+#include <lora/weight/adapter_node.h>
+#include <lora/weight/host.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+namespace detail {
+
+/// A weight of a model that an adapter can live in, and what lives in it.
+struct Site {
+  struct Adapter {
+    std::shared_ptr<const WeightAdapter> updates;
+    std::weak_ptr<AdapterNode> node;  // expired in TorchScript, which takes no child
+  };
+
+  std::string path;                  // "h.0.attn.c_attn", "layers.0.self_attn.in_proj"
+  std::vector<std::string> aliases;  // other paths of the same module
+  std::string file_path;             // the module's path in PEFT's files
+  std::string module_path;           // the path of the module that the host stands in
+  std::string parameter;             // the weight's registered name in that module
+  std::vector<FusedPart> parts;      // row ranges that the module's type knows: q, k, v
+  std::string tied_to;               // another parameter on the same memory; empty: none
+  bool tied_to_embedding = false;
+  bool is_linear = false;  // belongs to "all-linear"
+  std::shared_ptr<Host> host;
+  std::function<bool(const Targeting&, const std::string& path)> predicate;  // target_if on this module
+
+  std::shared_ptr<AdaptedWeight> weight;  // null until an adapter goes in
+  std::vector<Adapter> adapters;          // by the order of their injection
+
+  at::Tensor base() const { return weight ? weight->base() : host->weight(); }
+
+  const WeightAdapter* find(const std::string& adapter) const {
+    for (const auto& candidate : adapters) {
+      if (candidate.updates->adapter == adapter) return candidate.updates.get();
+    }
+    return nullptr;
+  }
+};
+
+/// What PEFT's target_modules call the site: a MultiheadAttention as a whole, any other module by its own path.
+inline std::string peft_module(const Site& site) {
+  const auto base_layer = site.file_path.rfind(".base_layer.");
+  return base_layer == std::string::npos ? site.file_path : site.file_path.substr(0, base_layer);
+}
+
+/// A module that cannot take an adapter, kept to say so by name.
+struct OtherModule {
+  std::string path;
+  std::string type;
+  bool has_parameters = false;
+};
+
+/// Everything that the walk over a model found.
+struct ModelSites {
+  std::vector<Site> sites;
+  std::vector<OtherModule> others;
+};
+
+inline std::string join_path(const std::string& prefix, const std::string& name) {
+  if (prefix.empty()) return name;
+  return name.empty() ? prefix : prefix + "." + name;
+}
+
+}  // namespace detail
+LORA_NAMESPACE_END

@@ -1,0 +1,113 @@
+#pragma once
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ops/count_nonzero.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/randn_like.h>
+#include <c10/core/GradMode.h>
+#include <lora/inject/model_adapters.h>
+#include <lora/version.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <functional>
+#include <mutex>
+#include <ostream>
+#include <string>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+
+/// What verify() found.
+struct VerifyReport {
+  bool output_changes = false;            // the adapters reach the output
+  std::vector<std::string> dead_targets;  // tensors that the output does not depend on
+  bool ok() const { return output_changes && dead_targets.empty(); }
+};
+
+inline std::ostream& operator<<(std::ostream& out, const VerifyReport& report) {
+  out << (report.output_changes ? "the adapters change the output" : "the adapters do not change the output");
+  for (const auto& target : report.dead_targets) out << "\n  no gradient reaches " << target;
+  return out << "\n";
+}
+
+namespace detail {
+
+/// Keeps the state of the CPU's random generator: restart() sets it back, and so does the destructor.
+class RandomState {
+ public:
+  RandomState() : generator_(at::detail::getDefaultCPUGenerator()) {
+    const std::lock_guard<std::mutex> lock(generator_.mutex());
+    state_ = generator_.get_state();
+  }
+  ~RandomState() { restart(); }
+  RandomState(const RandomState&) = delete;
+  RandomState& operator=(const RandomState&) = delete;
+
+  void restart() {
+    const std::lock_guard<std::mutex> lock(generator_.mutex());
+    generator_.set_state(state_);
+  }
+
+ private:
+  at::Generator generator_;
+  at::Tensor state_;
+};
+
+/// Moves each B a little and makes all tensors trainable, for its lifetime.
+class Perturbation {
+ public:
+  explicit Perturbation(const std::vector<UpdateTensor>& tensors) {
+    const c10::NoGradGuard no_grad;
+    for (const auto& named : tensors) {
+      saved_.push_back({named.tensor, named.tensor.detach().clone(), named.tensor.requires_grad()});
+      named.tensor.set_requires_grad(true);
+      if (named.role == TensorRole::kOutput) named.tensor.add_(at::randn_like(named.tensor), 0.02);
+    }
+  }
+  ~Perturbation() {
+    const c10::NoGradGuard no_grad;
+    for (const auto& saved : saved_) {
+      saved.tensor.copy_(saved.value);
+      saved.tensor.set_requires_grad(saved.required);
+    }
+  }
+  Perturbation(const Perturbation&) = delete;
+  Perturbation& operator=(const Perturbation&) = delete;
+
+ private:
+  struct Saved {
+    at::Tensor tensor;
+    at::Tensor value;
+    bool required;
+  };
+  std::vector<Saved> saved_;
+};
+
+inline VerifyReport verify(const std::vector<UpdateTensor>& tensors, const std::function<at::Tensor()>& forward) {
+  const at::AutoGradMode with_grad(true);
+  RandomState random;  // equal dropout masks before and after
+  const auto before = forward().detach();
+  const Perturbation perturbation(tensors);
+  random.restart();
+  const auto after = forward();
+
+  std::vector<at::Tensor> inputs;
+  for (const auto& named : tensors) inputs.push_back(named.tensor);
+  std::vector<at::Tensor> gradients(inputs.size());
+  if (after.requires_grad()) {
+    gradients = torch::autograd::grad({after}, inputs, {at::randn_like(after)}, /*retain_graph=*/false,
+                                      /*create_graph=*/false, /*allow_unused=*/true);
+  }
+  VerifyReport report;
+  report.output_changes = !at::equal(before, after);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!gradients[i].defined() || at::count_nonzero(gradients[i]).item<int64_t>() == 0) {
+      report.dead_targets.push_back(tensors[i].name);
+    }
+  }
+  return report;
+}
+
+}  // namespace detail
+LORA_NAMESPACE_END

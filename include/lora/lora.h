@@ -1,0 +1,15 @@
+#pragma once
+
+#include <lora/adapters.h>            // defines: Adapters, DisableAdapters, inject, load, adapters_of, param_groups
+#include <lora/config/lora_config.h>  // defines: LoraConfig, LoraInit
+#include <lora/config/targets.h>      // defines: TargetModules, FusedPart
+#include <lora/detail/error.h>        // defines: StateError, FormatError
+#include <lora/inject/clone.h>        // defines: clone
+#include <lora/inject/hosts/module_hosts.h>  // defines: register_host
+#include <lora/inject/report.h>              // defines: InjectionReport
+#include <lora/inject/verify.h>              // defines: VerifyReport
+#include <lora/io/safetensors.h>             // defines: load_safetensors, save_safetensors, SafetensorsFile
+#include <lora/lora_linear.h>                // defines: LoRALinear
+#include <lora/merge/merge.h>                // defines: MergeReport
+#include <lora/train/param_groups.h>         // defines: LoraPlusOptions
+#include <lora/version.h>                    // defines: LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <lora/adapters.h>
+#include <lora/methods/lora.h>
+#include <lora/version.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/nn/pimpl.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+
+/// A Linear layer with an adapter, for models that are written with adapters in mind: y = x·W0ᵀ + b + x·ΔWᵀ.
+///
+/// It shares the given layer, as the child `base_layer`, and gives bitwise what inject gives. `adapters_of(model)`
+/// makes one handle of all such layers of a model. The config's target_modules are not used.
+template <class Method = LoRA>
+class LoRALinearImpl : public torch::nn::Module {
+ public:
+  using Config = typename Method::Config;
+
+  /// x: [*, in] → [*, out].
+  explicit LoRALinearImpl(torch::nn::Linear base, const Config& config = {}, const std::string& name = "default")
+      : base_layer(register_module("base_layer", std::move(base))) {
+    detail::check_without_adapters(*this);
+    auto targeted = config;
+    targeted.target_modules({"base_layer"});
+    const auto method = std::make_shared<const Method>(targeted);
+    detail::ModuleWalk walk;
+    const auto state = std::make_shared<detail::ModelAdapters>(
+        walk.layer(base_layer.ptr(), "base_layer", /*file_path=*/""), base_layer->parameters(), nullptr);
+    state->attach(state->prepare(method, name, state->plan(*method, name, detail::Unmatched::kError), true));
+    state->install({name}, {});
+    state->set_trainable({name});
+  }
+
+  at::Tensor forward(const at::Tensor& x) { return base_layer->forward(x); }
+
+  torch::nn::Linear base_layer;
+};
+
+/// Holder of a LoRALinearImpl: `lora::LoRALinear<>(torch::nn::Linear(768, 768), lora::LoraConfig().r(8))`.
+template <class Method = LoRA>
+class LoRALinear : public torch::nn::ModuleHolder<LoRALinearImpl<Method>> {
+ public:
+  using torch::nn::ModuleHolder<LoRALinearImpl<Method>>::ModuleHolder;
+  using Impl = LoRALinearImpl<Method>;
+};
+
+LORA_NAMESPACE_END

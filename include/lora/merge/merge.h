@@ -1,0 +1,152 @@
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/matmul.h>
+#include <c10/core/GradMode.h>
+#include <lora/detail/parallel.h>
+#include <lora/merge/merge_kernel.h>
+#include <lora/methods/method.h>
+#include <lora/version.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+
+/// What a merge made.
+struct MergeReport {
+  int64_t weights = 0;  // matrices that were merged
+  int64_t bytes = 0;    // of memory that their second copies take, until unmerge() or merge_and_unload()
+};
+
+namespace detail {
+
+/// One weight to merge: W′ = base + Σ scaling·B·A, each update from its first row on.
+struct MergeJob {
+  std::string path;
+  at::Tensor base;
+  std::vector<std::pair<int64_t, LowRank>> updates;
+  at::Tensor merged;
+  std::atomic<int64_t> non_finite{0};
+};
+
+/// The tiles of one job, ready to run in any order on any thread.
+class MergeTiles {
+ public:
+  virtual ~MergeTiles() = default;
+  virtual int64_t count() const = 0;
+  virtual void run(int64_t tile) = 0;
+};
+
+template <class T, class Sum>
+class TypedMergeTiles final : public MergeTiles {
+ public:
+  explicit TypedMergeTiles(MergeJob& job) : job_(job), base_(job.base.contiguous()) {
+    job_.merged = at::empty_like(base_, c10::MemoryFormat::Contiguous);
+    const auto dtype = c10::CppTypeToScalarType<Sum>::value;
+    for (const auto& [begin, update] : job.updates) {
+      auto A = update.A.to(dtype).contiguous();
+      auto B = (update.B.to(dtype) * update.scaling).contiguous();
+      factors_.push_back(
+          {A.template const_data_ptr<Sum>(), B.template const_data_ptr<Sum>(), A.size(0), begin, begin + B.size(0)});
+      kept_.push_back(std::move(A));
+      kept_.push_back(std::move(B));
+    }
+    row_tiles_ = (base_.size(0) + kRows - 1) / kRows;
+    column_tiles_ = (base_.size(1) + kColumns - 1) / kColumns;
+  }
+
+  int64_t count() const override { return row_tiles_ * column_tiles_; }
+
+  void run(int64_t tile) override {
+    const auto first = tile / column_tiles_ * kRows;
+    const auto left = tile % column_tiles_ * kColumns;
+    const auto bad =
+        function_({base_.template const_data_ptr<T>(), job_.merged.template mutable_data_ptr<T>(), base_.size(1),
+                   factors_.data(), static_cast<int64_t>(factors_.size()), first,
+                   std::min(first + kRows, base_.size(0)), left, std::min(left + kColumns, base_.size(1))});
+    if (bad != 0) job_.non_finite += bad;
+  }
+
+ private:
+  // A tile's columns of A stay in the first cache level up to rank 16, and a tile is long enough to hide its dispatch.
+  static constexpr int64_t kRows = 64;
+  static constexpr int64_t kColumns = 512;
+
+  MergeJob& job_;
+  at::Tensor base_;
+  std::vector<MergeFactors<Sum>> factors_;
+  std::vector<at::Tensor> kept_;
+  int64_t row_tiles_ = 0;
+  int64_t column_tiles_ = 0;
+  MergeTileFunction<T, Sum> function_ = merge_tile_function<T, Sum>();
+};
+
+/// The tiles of a job on the CPU; null for a device or dtype without a kernel.
+inline std::unique_ptr<MergeTiles> merge_tiles(MergeJob& job) {
+  if (!job.base.device().is_cpu()) return nullptr;
+  switch (job.base.scalar_type()) {
+    case at::kDouble:
+      return std::make_unique<TypedMergeTiles<double, double>>(job);
+    case at::kFloat:
+      return std::make_unique<TypedMergeTiles<float, float>>(job);
+    case at::kBFloat16:
+      return std::make_unique<TypedMergeTiles<c10::BFloat16, float>>(job);
+    case at::kHalf:
+      return std::make_unique<TypedMergeTiles<c10::Half, float>>(job);
+    default:
+      return nullptr;
+  }
+}
+
+/// The same sum by LibTorch's operators, for devices without a kernel of ours.
+inline void merge_by_operators(MergeJob& job) {
+  const auto dtype = accumulation_dtype(job.base.scalar_type());
+  auto sum = job.base.to(dtype, /*non_blocking=*/false, /*copy=*/true);
+  for (const auto& [begin, update] : job.updates) {
+    sum.narrow(0, begin, update.B.size(0)).addmm_(update.B.to(dtype), update.A.to(dtype), 1, update.scaling);
+  }
+  job.merged = sum.to(job.base.scalar_type());
+  job.non_finite = job.merged.numel() - at::isfinite(job.merged).sum().item<int64_t>();
+}
+
+/// Computes every job's W′ in one threaded pass. Throws a c10::ValueError that names each weight with a NaN or infinite
+/// result; nothing but the jobs' own buffers is written.
+inline void merge_weights(std::vector<std::unique_ptr<MergeJob>>& jobs) {
+  const c10::NoGradGuard no_grad;
+  std::vector<std::unique_ptr<MergeTiles>> tiles;
+  std::vector<std::pair<MergeTiles*, int64_t>> tasks;
+  for (auto& job : jobs) {
+    auto job_tiles = merge_tiles(*job);
+    if (job_tiles == nullptr) {
+      merge_by_operators(*job);
+      continue;
+    }
+    for (int64_t i = 0; i < job_tiles->count(); ++i) tasks.emplace_back(job_tiles.get(), i);
+    tiles.push_back(std::move(job_tiles));
+  }
+  parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    const auto& [job_tiles, tile] = tasks[static_cast<size_t>(i)];
+    job_tiles->run(tile);
+  });
+
+  std::string problems;
+  for (const auto& job : jobs) {
+    if (job->non_finite == 0) continue;
+    problems += (problems.empty() ? "" : "\n") + ("[lora::merge] found " + std::to_string(job->non_finite.load())) +
+                " NaN or infinite values in W', expected finite ones at " + job->path +
+                "; check the base weight, lora_A and lora_B there; nothing was changed";
+  }
+  TORCH_CHECK_VALUE(problems.empty(), problems);
+}
+
+}  // namespace detail
+LORA_NAMESPACE_END

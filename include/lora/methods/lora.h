@@ -1,0 +1,132 @@
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
+#include <lora/config/lora_config.h>
+#include <lora/methods/method.h>
+#include <lora/version.h>
+
+#include <cmath>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+
+/// ΔW = s·B·A with A [r, in], B [out, r] (Hu et al. 2021, arXiv 2106.09685, section 4.1); r·(in + out) parameters.
+class LoraUpdate final : public Update {
+ public:
+  LoraUpdate(at::Tensor A, at::Tensor B, double scaling) : A_(std::move(A)), B_(std::move(B)), scaling_(scaling) {}
+
+  int64_t in_features() const override { return A_.size(1); }
+  int64_t out_features() const override { return B_.size(0); }
+  int64_t rank() const { return A_.size(0); }
+  double scaling() const { return scaling_; }
+
+  std::vector<UpdateTensor> tensors() const override {
+    return {{"lora_A", A_, TensorRole::kInput}, {"lora_B", B_, TensorRole::kOutput}};
+  }
+
+  at::Tensor product(const at::Tensor& x, const Block& block) const override {
+    return at::linear(at::linear(x, columns_of_A(block, x)) * scaling_, rows_of_B(block, x));
+  }
+
+  at::Tensor transposed_product(const at::Tensor& x, const Block& block) const override {
+    return at::matmul(at::matmul(x, rows_of_B(block, x)) * scaling_, columns_of_A(block, x));
+  }
+
+  LowRank low_rank() const override { return {A_, B_, scaling_}; }
+
+  std::shared_ptr<Update> clone(at::Device device) const override {
+    const auto copy = [&](const at::Tensor& tensor) {
+      return tensor.detach().to(tensor.options().device(device), false, true);
+    };
+    return std::make_shared<LoraUpdate>(copy(A_), copy(B_), scaling_);
+  }
+
+ private:
+  // The factors are cast to x's dtype, and never x to theirs: they are small, a copy of x is not.
+  at::Tensor columns_of_A(const Block& block, const at::Tensor& x) const {
+    const auto part = block.columns == A_.size(1) ? A_ : A_.narrow(1, block.column, block.columns);
+    return part.to(x.scalar_type());
+  }
+  at::Tensor rows_of_B(const Block& block, const at::Tensor& x) const {
+    const auto part = block.rows == B_.size(0) ? B_ : B_.narrow(0, block.row, block.rows);
+    return part.to(x.scalar_type());
+  }
+
+  at::Tensor A_;
+  at::Tensor B_;
+  double scaling_;
+};
+
+/// The method LoRA with its configuration.
+class LoRA final : public Method {
+ public:
+  using Config = LoraConfig;
+
+  explicit LoRA(LoraConfig config) : config_(std::move(config)) {
+    config_.validate();
+    targeting_ = {config_.target_modules(), config_.exclude_modules(), config_.target_if(), config_.target_script_if(),
+                  config_.fused_parts()};
+    for (const auto& [pattern, rank] : config_.rank_pattern()) ranks_.emplace_back(path_regex(pattern), rank);
+    for (const auto& [pattern, alpha] : config_.alpha_pattern()) alphas_.emplace_back(path_regex(pattern), alpha);
+  }
+
+  const LoraConfig& config() const noexcept { return config_; }
+
+  const char* peft_type() const override { return "LORA"; }
+  const Targeting& targeting() const override { return targeting_; }
+  double dropout() const override { return config_.lora_dropout(); }
+
+  at::ScalarType tensor_dtype(at::ScalarType base) const override {
+    return config_.autocast_adapter_dtype() ? accumulation_dtype(base) : base;
+  }
+
+  int64_t rank(const std::string& path) const { return first_match(ranks_, path, config_.r()); }
+  double alpha(const std::string& path) const { return first_match(alphas_, path, config_.lora_alpha()); }
+  double scaling(const std::string& path) const {
+    const auto rank = static_cast<double>(this->rank(path));
+    return alpha(path) / (config_.use_rslora() ? std::sqrt(rank) : rank);
+  }
+
+  std::shared_ptr<Update> create(const UpdateSpec& spec) const override {
+    const auto r = rank(spec.path);
+    auto A = at::empty({r, spec.in_features}, spec.options);
+    if (!spec.initialise) {
+      A.zero_();
+    } else if (config_.init_lora_weights() == LoraInit::kGaussian) {
+      A.normal_(0, 1.0 / static_cast<double>(r));
+    } else {
+      const auto bound = 1.0 / std::sqrt(static_cast<double>(spec.in_features));
+      A.uniform_(-bound, bound);
+    }
+    return std::make_shared<LoraUpdate>(A, at::zeros({spec.out_features, r}, spec.options), scaling(spec.path));
+  }
+
+ private:
+  template <class Value>
+  using Matchers = std::vector<std::pair<detail::PythonRegex, Value>>;
+
+  // PEFT: re.match(r"(.*\.)?(key)$", path).
+  static detail::PythonRegex path_regex(const std::string& pattern) {
+    return detail::PythonRegex("(.*\\.)?(" + pattern + ")");
+  }
+
+  template <class Value>
+  static Value first_match(const Matchers<Value>& matchers, const std::string& path, Value otherwise) {
+    for (const auto& [regex, value] : matchers) {
+      if (regex.fullmatch(path)) return value;
+    }
+    return otherwise;
+  }
+
+  LoraConfig config_;
+  Targeting targeting_;
+  Matchers<int64_t> ranks_;
+  Matchers<double> alphas_;
+};
+
+LORA_NAMESPACE_END

@@ -1,0 +1,105 @@
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/matmul.h>
+#include <c10/core/TensorOptions.h>
+#include <lora/config/targets.h>
+#include <lora/version.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+
+/// A rectangle of a matrix: rows [row, row + rows), columns [column, column + columns).
+struct Block {
+  int64_t row = 0;
+  int64_t rows = 0;
+  int64_t column = 0;
+  int64_t columns = 0;
+};
+
+/// An update as scaling · B · A with A [r, in] and B [out, r]: the form in which it is merged.
+struct LowRank {
+  at::Tensor A;
+  at::Tensor B;
+  double scaling = 1;
+};
+
+/// What a tensor of an update is to an optimizer.
+enum class TensorRole {
+  kInput,   ///< A factor that starts at random, as LoRA's A.
+  kOutput,  ///< A factor that starts at zero, as LoRA's B: LoRA+ gives it a higher learning rate.
+};
+
+/// A trainable tensor of an update under its own name, as "lora_A".
+struct UpdateTensor {
+  std::string name;
+  at::Tensor tensor;
+  TensorRole role;
+};
+
+/// ΔW [out, in] of one adapter on one weight, or on one row range of it.
+class Update {
+ public:
+  virtual ~Update() = default;
+
+  virtual int64_t in_features() const = 0;
+  virtual int64_t out_features() const = 0;
+
+  /// The trainable tensors, in a fixed order; they stay the same tensors for the life of the update.
+  virtual std::vector<UpdateTensor> tensors() const = 0;
+
+  /// x · ΔWᵀ for a block of ΔW: x [*, block.columns] → [*, block.rows], in x's dtype.
+  virtual at::Tensor product(const at::Tensor& x, const Block& block) const = 0;
+
+  /// x · ΔW for a block of ΔW: x [*, block.rows] → [*, block.columns], in x's dtype.
+  virtual at::Tensor transposed_product(const at::Tensor& x, const Block& block) const = 0;
+
+  /// ΔW in factors, in the adapter's dtype.
+  virtual LowRank low_rank() const = 0;
+
+  /// A copy with tensors of its own on the given device.
+  virtual std::shared_ptr<Update> clone(at::Device device) const = 0;
+
+  /// ΔW [out, in], differentiable in the update's tensors.
+  at::Tensor dense() const {
+    const auto factors = low_rank();
+    return at::matmul(factors.B * factors.scaling, factors.A);
+  }
+};
+
+/// What an update is made for: ΔW [out_features, in_features] of the weight at `path`, tensors as `options` says.
+struct UpdateSpec {
+  std::string path;
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  at::TensorOptions options;
+  bool initialise = true;  // false: the caller fills the tensors, and no random number is drawn
+};
+
+/// A method with its configuration: it makes the updates of one adapter.
+class Method {
+ public:
+  virtual ~Method() = default;
+
+  /// PEFT's name of the method, as "LORA".
+  virtual const char* peft_type() const = 0;
+  /// Where the updates go.
+  virtual const Targeting& targeting() const = 0;
+  /// A new update, initialised by the method's rule from the global random generator of the options' device.
+  virtual std::shared_ptr<Update> create(const UpdateSpec& spec) const = 0;
+  /// Probability with which an element of the input is dropped in training.
+  virtual double dropout() const = 0;
+  /// The dtype of the adapter's tensors on a base of the given dtype.
+  virtual at::ScalarType tensor_dtype(at::ScalarType base) const = 0;
+};
+
+/// The dtype in which sums with a base of the given dtype are formed: at least float32.
+inline at::ScalarType accumulation_dtype(at::ScalarType base) { return base == at::kDouble ? at::kDouble : at::kFloat; }
+
+LORA_NAMESPACE_END

@@ -1,0 +1,78 @@
+#pragma once
+
+#include <lora/config/targets.h>
+#include <lora/methods/method.h>
+#include <lora/version.h>
+#include <torch/arg.h>
+#include <torch/optim/optimizer.h>
+
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+
+/// Options of LoRA+ (Hayou et al. 2024, arXiv 2402.12354): another learning rate for B than for A.
+class LoraPlusOptions {
+ public:
+  /// The learning rate of B over that of A; 1 is plain LoRA, the paper suggests 16.
+  TORCH_ARG(double, lr_ratio) = 1;
+
+ public:
+  /// Sets the learning rate of the tensors whose name in named_parameters(), or its end behind a dot, is `name`.
+  LoraPlusOptions& lr(const std::string& name, double value) {
+    overrides_.emplace_back(name, value);
+    return *this;
+  }
+  const std::vector<std::pair<std::string, double>>& overrides() const noexcept { return overrides_; }
+
+ private:
+  std::vector<std::pair<std::string, double>> overrides_;
+};
+
+/// Parameter groups of the given tensors, named by their paths, for any of LibTorch's optimizers; none is empty, and
+/// they keep the tensors' order. Every group carries all of `options`, which LibTorch would otherwise forget.
+///
+/// Throws c10::ValueError for a ratio or learning rate out of range and for an override that names no tensor.
+template <class Options>
+std::vector<torch::optim::OptimizerParamGroup> param_groups(const std::vector<UpdateTensor>& tensors,
+                                                            const Options& options, const LoraPlusOptions& plus = {}) {
+  TORCH_CHECK_VALUE(plus.lr_ratio() > 0, "[lora::param_groups] found lr_ratio = ", plus.lr_ratio(),
+                    ", expected a positive number");
+  const double base_lr = std::make_unique<Options>(options)->get_lr();
+  std::vector<bool> used(plus.overrides().size(), false);
+  std::vector<std::pair<double, std::vector<at::Tensor>>> groups;
+  for (const auto& parameter : tensors) {
+    double lr = parameter.role == TensorRole::kOutput ? base_lr * plus.lr_ratio() : base_lr;
+    for (size_t i = 0; i < used.size(); ++i) {
+      if (!TargetModules::is_path_or_suffix(plus.overrides()[i].first, parameter.name)) continue;
+      lr = plus.overrides()[i].second;
+      used[i] = true;
+    }
+    TORCH_CHECK_VALUE(lr >= 0, "[lora::param_groups] found the learning rate ", lr, ", expected none below 0 for ",
+                      parameter.name);
+    auto group = groups.begin();
+    while (group != groups.end() && group->first != lr) ++group;
+    if (group == groups.end()) group = groups.insert(groups.end(), {lr, {}});
+    group->second.push_back(parameter.tensor);
+  }
+  for (size_t i = 0; i < used.size(); ++i) {
+    TORCH_CHECK_VALUE(used[i], "[lora::param_groups] found a learning rate for \"", plus.overrides()[i].first,
+                      "\", expected the name of a trainable tensor, see named_parameters()");
+  }
+  TORCH_CHECK_VALUE(!groups.empty(),
+                    "[lora::param_groups] found no trainable tensor, expected some; call "
+                    "set_trainable first");
+
+  std::vector<torch::optim::OptimizerParamGroup> result;
+  for (auto& [lr, members] : groups) {
+    auto group_options = std::make_unique<Options>(options);
+    group_options->set_lr(lr);
+    result.emplace_back(std::move(members), std::move(group_options));
+  }
+  return result;
+}
+
+LORA_NAMESPACE_END

@@ -1,0 +1,184 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/TensorImpl.h>
+#include <lora/detail/error.h>
+#include <lora/detail/torch_compat.h>
+#include <lora/methods/method.h>
+#include <lora/version.h>
+#include <lora/weight/call_state.h>
+#include <lora/weight/host.h>
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+namespace detail {
+
+/// One adapter's updates on one weight, each on its own range of rows.
+struct WeightAdapter {
+  struct Part {
+    std::string name;   // "q"; empty: the whole weight
+    int64_t begin = 0;  // first row in the weight
+    std::shared_ptr<Update> update;
+  };
+
+  std::string adapter;
+  double dropout = 0;
+  std::vector<Part> parts;  // by ascending rows, without overlap
+};
+
+/// One weight W0 [out, in] with the adapters that are active on it; its carrier and all views of it share it.
+class AdaptedWeight {
+ public:
+  /// What the kernels read: replaced as a whole, never changed.
+  struct Snapshot {
+    at::Tensor base;  // W0, or W0 with the merged adapters in it
+    std::vector<std::shared_ptr<const WeightAdapter>> active;
+  };
+
+  AdaptedWeight(std::shared_ptr<Host> host, at::Tensor base, std::shared_ptr<CallState> calls)
+      : host_(std::move(host)), base_(std::move(base)), calls_(std::move(calls)) {
+    publish(base_, {});
+  }
+
+  Host& host() const { return *host_; }
+  const at::Tensor& base() const { return base_; }
+  const std::shared_ptr<CallState>& calls() const { return calls_; }
+  void set_calls(std::shared_ptr<CallState> calls) { calls_ = std::move(calls); }
+
+  std::shared_ptr<const Snapshot> snapshot() const { return std::atomic_load(&snapshot_); }
+
+  /// Lets a merged weight follow Module::to(); W0 itself follows as the registered parameter that it is.
+  void moved(std::optional<c10::Device> device, std::optional<at::ScalarType> dtype);
+
+  void publish(at::Tensor base, std::vector<std::shared_ptr<const WeightAdapter>> active) {
+    auto next = std::make_shared<const Snapshot>(Snapshot{std::move(base), std::move(active)});
+    std::atomic_store(&snapshot_, std::shared_ptr<const Snapshot>(std::move(next)));
+  }
+
+ private:
+  std::shared_ptr<Host> host_;
+  at::Tensor base_;  // the registered parameter: the same TensorImpl, so that it follows to() and load()
+  std::shared_ptr<CallState> calls_;
+  std::shared_ptr<const Snapshot> snapshot_;
+};
+
+/// Which part of an adapted weight a tensor stands for: a block of it, perhaps transposed.
+struct WeightView {
+  Block block;
+  bool transposed = false;
+
+  int64_t size(int64_t dim) const { return (dim == 0) != transposed ? block.rows : block.columns; }
+
+  WeightView transpose() const { return {block, !transposed}; }
+
+  WeightView narrow(int64_t dim, int64_t start, int64_t length) const {
+    auto view = *this;
+    if ((dim == 0) != transposed) {
+      view.block.row += start;
+      view.block.rows = length;
+    } else {
+      view.block.column += start;
+      view.block.columns = length;
+    }
+    return view;
+  }
+
+  at::Tensor of(at::Tensor full) const {
+    if (block.rows != full.size(0)) full = full.narrow(0, block.row, block.rows);
+    if (block.columns != full.size(1)) full = full.narrow(1, block.column, block.columns);
+    return transposed ? full.t() : full;
+  }
+};
+
+/// The carrier: a tensor without storage that stands for W0 + Σ sᵢ·ΔWᵢ and never forms it.
+class AdaptedWeightImpl final : public c10::TensorImpl {
+ public:
+  /// `owner` is kept alive by the carrier: the adapters of a model live as long as the model.
+  AdaptedWeightImpl(std::shared_ptr<AdaptedWeight> weight, WeightView view, std::shared_ptr<void> owner)
+      : c10::TensorImpl(c10::DispatchKeySet(kAdaptedWeightKey), weight->base().dtype(), weight->base().device()),
+        weight_(std::move(weight)),
+        view_(view),
+        owner_(std::move(owner)) {
+    const auto columns = weight_->base().size(1);
+    const std::array<int64_t, 2> sizes{view_.size(0), view_.size(1)};
+    const std::array<int64_t, 2> strides{view_.transposed ? 1 : columns, view_.transposed ? columns : 1};
+    set_sizes_and_strides(c10::IntArrayRef(sizes), c10::IntArrayRef(strides));
+    set_storage_access_should_throw();
+  }
+
+  const std::shared_ptr<AdaptedWeight>& weight() const { return weight_; }
+  const WeightView& view() const { return view_; }
+  const std::shared_ptr<void>& owner() const { return owner_; }
+
+  /// Announces the dtype and device of the base, which to() changes behind the carrier's back.
+  void synchronise() { announce(weight_->base().dtype(), weight_->base().device()); }
+
+  void announce(caffe2::TypeMeta dtype, c10::Device device) {
+    if (data_type_ != dtype) data_type_ = dtype;
+    if (device_opt_ != device) device_opt_ = device;
+  }
+
+  const char* tensorimpl_type_name() const override {
+    return "an adapted weight, which has no storage (lora: call unload() or merge() on the adapters before saving, "
+           "moving or reading the weight; its plain value is the module's registered parameter)";
+  }
+
+  c10::intrusive_ptr<c10::TensorImpl> shallow_copy_and_detach(const c10::VariableVersion&, bool) const override {
+    refuse_copy();
+  }
+  c10::intrusive_ptr<c10::TensorImpl> shallow_copy_and_detach(c10::VariableVersion&&, bool) const override {
+    refuse_copy();
+  }
+  void shallow_copy_from(const c10::intrusive_ptr<c10::TensorImpl>&) override { refuse_copy(); }
+
+  [[noreturn]] static void refuse_copy() {
+    throw StateError(
+        "[lora::weight] found an adapted weight where a plain tensor's data is exchanged or copied, expected a plain "
+        "tensor; call unload() or merge() on the adapters first");
+  }
+
+ private:
+  std::shared_ptr<AdaptedWeight> weight_;
+  WeightView view_;
+  std::shared_ptr<void> owner_;
+};
+
+/// The carrier behind a tensor, or null. The key alone does not prove it: another library may use it.
+inline AdaptedWeightImpl* as_carrier(const at::Tensor& tensor) {
+  auto* impl = tensor.unsafeGetTensorImpl();
+  if (!impl->key_set().has(kAdaptedWeightKey)) return nullptr;
+  return dynamic_cast<AdaptedWeightImpl*>(impl);
+}
+
+inline void AdaptedWeight::moved(std::optional<c10::Device> device, std::optional<at::ScalarType> dtype) {
+  if (!host_->alive()) return;
+  const auto snapshot = this->snapshot();
+  const auto options =
+      snapshot->base.options().device(device.value_or(base_.device())).dtype(dtype.value_or(base_.scalar_type()));
+  const auto member = host_->weight();
+  if (!snapshot->base.is_same(base_)) {
+    const auto merged = snapshot->base.to(options);
+    publish(merged, snapshot->active);
+    if (member.is_same(snapshot->base)) host_->set_weight(merged);
+  }
+  if (auto* carrier = as_carrier(member)) carrier->announce(options.dtype(), options.device());
+}
+
+inline at::Tensor make_carrier(std::shared_ptr<AdaptedWeight> weight, std::shared_ptr<void> owner) {
+  const WeightView whole{{0, weight->base().size(0), 0, weight->base().size(1)}, false};
+  return at::detail::make_tensor<AdaptedWeightImpl>(std::move(weight), whole, std::move(owner));
+}
+
+inline at::Tensor make_view(AdaptedWeightImpl& carrier, const WeightView& view) {
+  return at::detail::make_tensor<AdaptedWeightImpl>(carrier.weight(), view, carrier.owner());
+}
+
+}  // namespace detail
+LORA_NAMESPACE_END

@@ -1,0 +1,79 @@
+#pragma once
+
+#include <lora/detail/error.h>
+#include <lora/detail/torch_compat.h>
+#include <lora/version.h>
+#include <lora/weight/fallback.h>
+#include <lora/weight/kernels.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+namespace detail {
+
+inline int64_t abi() { return LORA_ABI; }
+
+/// Registers the kernels with LibTorch's dispatcher, once a process: the first library that is loaded owns the key, a
+/// later one with the same layout works through its kernels. A second backend fallback would end the process, hence the
+/// question beforehand.
+class Registrar {
+ public:
+  Registrar() {
+    auto& dispatcher = c10::Dispatcher::singleton();
+    const auto linear = dispatcher.findSchema({"aten::linear", ""});
+    if (dispatcher.hasBackendFallbackForDispatchKey(kAdaptedWeightKey) ||
+        (linear && linear->hasKernelForDispatchKey(kAdaptedWeightKey))) {
+      return;
+    }
+    using torch::Library;
+    owner_ = std::make_unique<Library>(Library::FRAGMENT, "lora", std::nullopt, __FILE__, __LINE__);
+    owner_->def("_abi() -> int", &abi);
+
+    fallback_ = std::make_unique<Library>(Library::IMPL, "_", kAdaptedWeightKey, __FILE__, __LINE__);
+    fallback_->fallback(torch::CppFunction::makeFromBoxedFunction<&dense_fallback>());
+
+    kernels_ = std::make_unique<Library>(Library::IMPL, "aten", kAdaptedWeightKey, __FILE__, __LINE__);
+    kernels_->impl("linear", TORCH_FN(linear_kernel));
+    kernels_->impl("matmul", TORCH_FN(matmul_kernel));
+    kernels_->impl("mm", TORCH_FN(mm_kernel));
+    kernels_->impl("addmm", TORCH_FN(addmm_kernel));
+    kernels_->impl("t", TORCH_FN(t_kernel));
+    kernels_->impl("numpy_T", TORCH_FN(t_kernel));
+    kernels_->impl("transpose.int", TORCH_FN(transpose_kernel));
+    kernels_->impl("narrow", TORCH_FN(narrow_kernel));
+    kernels_->impl("slice.Tensor", TORCH_FN(slice_kernel));
+    kernels_->impl("split.Tensor", TORCH_FN(split_kernel));
+    kernels_->impl("split_with_sizes", TORCH_FN(split_with_sizes_kernel));
+    kernels_->impl("chunk", TORCH_FN(chunk_kernel));
+    kernels_->impl("_has_compatible_shallow_copy_type", TORCH_FN(compatible_shallow_copy_kernel));
+  }
+
+ private:
+  std::unique_ptr<torch::Library> owner_;
+  std::unique_ptr<torch::Library> fallback_;
+  std::unique_ptr<torch::Library> kernels_;
+};
+
+inline const Registrar registrar;
+
+/// Throws a StateError where another library, or another version of this one, holds the dispatch key.
+inline void check_key_owner() {
+  const auto owner = c10::Dispatcher::singleton().findSchema({"lora::_abi", ""});
+  if (!owner) {
+    throw StateError("[lora::inject] found the dispatch key " + std::string(c10::toString(kAdaptedWeightKey)) +
+                     " in use by another library, expected it free; the two cannot work in one process");
+  }
+  torch::jit::Stack stack;
+  owner->callBoxed(&stack);
+  const auto found = stack.back().toInt();
+  if (found != LORA_ABI) {
+    throw StateError("[lora::inject] found kernels of layout " + std::to_string(found) + " in this process, expected " +
+                     std::to_string(LORA_ABI) + "; build every library of the process with the same version of lora");
+  }
+}
+
+}  // namespace detail
+LORA_NAMESPACE_END
