@@ -1,0 +1,199 @@
+// write_adapters OUT: adapters of every form that the library saves, each with its base model, inputs and outputs as a
+// case folder for peft_loads_ours.py.
+
+#include <ATen/ATen.h>
+#include <lora/adapters.h>        // defines: inject, Adapters, LoraConfig
+#include <lora/io/safetensors.h>  // defines: save_safetensors
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/utils.h>
+
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "models/gpt2.h"             // defines: GPT2LMHeadModel
+#include "models/gpt2_checkpoint.h"  // defines: save_gpt2
+#include "oracles/models.h"          // defines: Mlp, MhaBlock, state_dict
+
+namespace {
+
+using lora::LoraConfig;
+
+/// One folder: the model, its adapters and what it computes with each choice of them.
+class CaseFolder {
+ public:
+  CaseFolder(const std::string& out, const std::string& name, const std::string& model) : path_(out + "/" + name) {
+    std::filesystem::create_directories(path_);
+    manifest_["model"] = model;
+    manifest_["data"] = "data.safetensors";
+    manifest_["cases"] = nlohmann::json::array();
+  }
+
+  const std::string& path() const { return path_; }
+  nlohmann::ordered_json& manifest() { return manifest_; }
+
+  void base(const torch::nn::Module& module) {
+    manifest_["base"] = "base.safetensors";
+    lora::save_safetensors(state_dict(module), path_ + "/base.safetensors");
+  }
+
+  void adapters(const lora::Adapters& adapters) {
+    adapters.save(path_ + "/adapter");
+    for (const auto& name : adapters.names()) {
+      manifest_["adapters"][name] = name == "default" ? "adapter" : "adapter/" + name;
+    }
+  }
+
+  void output(const std::vector<std::string>& active, const torch::Tensor& x, const torch::Tensor& y) {
+    const std::string name = "y" + std::to_string(manifest_["cases"].size());
+    data_["x"] = x;
+    data_[name] = y;
+    manifest_["cases"].push_back({{"active", active}, {"input", "x"}, {"output", name}});
+  }
+
+  void write() {
+    lora::save_safetensors(data_, path_ + "/data.safetensors");
+    std::ofstream(path_ + "/manifest.json") << manifest_.dump(1) << '\n';
+  }
+
+ private:
+  std::string path_;
+  nlohmann::ordered_json manifest_;
+  std::map<std::string, torch::Tensor> data_;
+};
+
+/// Draws A and B anew, so that no B is zero.
+void randomize(const lora::Adapters& adapters) {
+  torch::NoGradGuard no_grad;
+  for (const auto& name : adapters.names()) {
+    for (auto& [unused, tensor] : adapters.named_tensors(name)) tensor.normal_(0, 0.3);
+  }
+}
+
+/// A model with one adapter "default": the output of the base and of the adapted model.
+template <class Model>
+void write_one(CaseFolder folder, Model model, const LoraConfig& config, const torch::Tensor& x) {
+  model->eval();
+  torch::NoGradGuard no_grad;
+  folder.output({}, x, model->forward(x));
+  auto adapters = lora::inject(*model, config);
+  randomize(adapters);
+  folder.adapters(adapters);
+  folder.output({"default"}, x, model->forward(x));
+  folder.write();
+}
+
+void write_mlps(const std::string& out) {
+  const auto x = torch::randn({5, 12});
+  const std::vector<std::pair<std::string, LoraConfig>> configs = {
+      {"plain", LoraConfig().r(3).lora_alpha(7).target_modules({"up", "down"})},
+      {"fractional_alpha", LoraConfig().r(3).lora_alpha(2.5).target_modules({"up"})},
+      {"rslora", LoraConfig().r(5).lora_alpha(7).use_rslora(true).target_modules({"down"})},
+      {"regex", LoraConfig().r(2).target_modules("u.|d(?=own).*").lora_dropout(0.3)},
+      {"all_linear", LoraConfig().r(4).lora_alpha(1).target_modules("all-linear").exclude_modules({"up"})},
+      {"patterns",
+       LoraConfig().r(3).target_modules({"up", "down"}).rank_pattern({{"down", 5}}).alpha_pattern({{"^up", 11}})},
+      {"gaussian", LoraConfig().init_lora_weights(lora::LoraInit::kGaussian).target_modules({"up"})},
+      {"predicate", LoraConfig().r(2).target_if([](const auto& name, const auto&) { return name == "down"; })},
+  };
+  for (const auto& [name, config] : configs) {
+    Mlp model;
+    CaseFolder folder(out, "mlp_" + name, "mlp");
+    folder.base(*model);
+    write_one(std::move(folder), model, config, x);
+  }
+}
+
+void write_several_adapters(const std::string& out) {
+  Mlp model;
+  torch::NoGradGuard no_grad;
+  CaseFolder folder(out, "mlp_several", "mlp");
+  folder.base(*model);
+  const auto x = torch::randn({4, 12});
+  auto adapters = lora::inject(*model, LoraConfig().r(3).lora_alpha(7).target_modules({"up", "down"}));
+  adapters.add(LoraConfig().r(2).lora_alpha(5).target_modules({"down"}), "other");
+  randomize(adapters);
+  folder.adapters(adapters);
+  for (const auto& active : std::vector<std::vector<std::string>>{{"default"}, {"other"}, {"default", "other"}, {}}) {
+    adapters.set_active(active);
+    folder.output(active, x, model->forward(x));
+  }
+  folder.write();
+}
+
+void write_sequential(const std::string& out) {
+  torch::nn::Sequential model;
+  model->push_back("a", torch::nn::Linear(7, 9));
+  model->push_back("relu", torch::nn::ReLU());
+  model->push_back("b", torch::nn::Linear(9, 5));
+  CaseFolder folder(out, "sequential", "sequential");
+  folder.manifest()["layers"] = {{"a", "Linear"}, {"relu", "ReLU"}, {"b", "Linear"}};
+  folder.base(*model);
+  write_one(std::move(folder), model, LoraConfig().r(2).lora_alpha(3).target_modules({"b"}), torch::randn({3, 7}));
+}
+
+void write_attention(const std::string& out) {
+  const auto x = torch::randn({6, 2, 16});
+  const std::vector<std::pair<std::string, std::vector<std::string>>> choices = {
+      {"whole", {"attn"}}, {"in_proj", {"in_proj"}}, {"q_v", {"in_proj[q,v]"}}, {"out_proj", {"out_proj"}}};
+  for (const auto& [name, targets] : choices) {
+    MhaBlock model;
+    CaseFolder folder(out, "mha_" + name, "mha");
+    folder.base(*model);
+    write_one(std::move(folder), model, LoraConfig().r(3).lora_alpha(7).target_modules(targets), x);
+  }
+}
+
+void write_gpt2(const std::string& out) {
+  GPT2Config config;
+  config.vocab_size = 50;
+  config.n_positions = 20;
+  config.n_embd = 24;
+  config.n_layer = 2;
+  config.n_head = 3;
+  const auto ids = torch::randint(config.vocab_size, {2, 9}, at::kLong);
+  const std::vector<std::pair<std::string, std::vector<std::string>>> choices = {
+      {"attention", {"c_attn", "attn.c_proj"}},
+      {"q_v", {"c_attn[q,v]"}},
+      {"k_and_mlp", {"c_attn[k]", "mlp.c_proj", "c_fc"}},
+      {"every_part", {"c_attn[q,k,v]", "attn.c_proj"}}};
+  for (const auto& [name, targets] : choices) {
+    GPT2LMHeadModel model(config);
+    {
+      torch::NoGradGuard no_grad;
+      for (auto& parameter : model->parameters()) parameter.add_(torch::randn_like(parameter), 0.15);
+    }
+    CaseFolder folder(out, "gpt2_" + name, "gpt2");
+    folder.manifest()["base"] = "model";
+    save_gpt2(model, folder.path() + "/model", /*end_of_text=*/0);
+    write_one(std::move(folder), model, LoraConfig().r(4).lora_alpha(12).target_modules(targets), ids);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) return std::fputs("usage: write_adapters OUT\n", stderr), 2;
+  try {
+    torch::manual_seed(20260107);
+    const std::string out = argv[1];
+    write_mlps(out);
+    write_several_adapters(out);
+    write_sequential(out);
+    write_attention(out);
+    write_gpt2(out);
+  } catch (const c10::Error& error) {
+    std::fprintf(stderr, "error: %s\n", error.what_without_backtrace());
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
+    return 2;
+  }
+  return 0;
+}
