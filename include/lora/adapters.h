@@ -19,6 +19,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -31,7 +32,9 @@ LORA_NAMESPACE_BEGIN
 /// StateError. Names default to the active adapters.
 class Adapters {
  public:
-  explicit Adapters(std::shared_ptr<detail::ModelAdapters> state) : state_(std::move(state)) {}
+  /// `alive` are the objects of a TorchScript model whose last handle may be gone.
+  explicit Adapters(std::shared_ptr<detail::ModelAdapters> state, const std::set<const void*>& alive = {})
+      : state_(std::move(state)), handle_(state_->handle(alive)) {}
 
   /// The injected modules by target, the notes and the model's trainable share, for an adapter (the first by default).
   InjectionReport report(const std::string& name = "") const;
@@ -107,6 +110,7 @@ class Adapters {
   void check_names(const char* operation, const std::vector<std::string>& names) const;
 
   mutable std::shared_ptr<detail::ModelAdapters> state_;
+  std::shared_ptr<void> handle_;
 };
 
 /// Turns a model's adapters off for the calling thread while it lives; guards nest.
@@ -155,7 +159,7 @@ Adapters load(Model& model, const std::string& directory, const std::string& nam
 /// The handle on a model's adapters, also where every other handle is gone. Throws a StateError where there are none.
 template <class Model>
 Adapters adapters_of(const Model& model) {
-  return Adapters(detail::adapters_of(model));
+  return Adapters(detail::adapters_of(model), detail::objects_of(model));
 }
 
 /// Parameter groups of all that is trainable, see the overload for tensors.

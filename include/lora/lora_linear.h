@@ -1,6 +1,7 @@
 #pragma once
 
-#include <lora/adapters.h>
+#include <lora/inject/find.h>
+#include <lora/inject/model_adapters.h>
 #include <lora/methods/lora.h>
 #include <lora/version.h>
 #include <torch/nn/module.h>

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -69,6 +70,14 @@ inline std::vector<FoundAdapters> find_adapters(const torch::jit::Module& model)
     }
   }
   return found;
+}
+
+/// The objects of a model that references to it may have been let go of.
+inline std::set<const void*> objects_of(const torch::nn::Module&) { return {}; }
+inline std::set<const void*> objects_of(const torch::jit::Module& model) {
+  std::set<const void*> objects;
+  for (const auto& module : model.modules()) objects.insert(module._ivalue().get());
+  return objects;
 }
 
 /// Makes one set of adapters out of those of the modules that are written with LoRALinear, with paths from the root.

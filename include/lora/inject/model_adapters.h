@@ -16,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -57,9 +58,11 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   };
 
   /// `parameters` are all parameters of the model; `session` lives until unload (TorchScript's executor switch).
-  ModelAdapters(ModelSites model, std::vector<at::Tensor> parameters, std::shared_ptr<void> session)
+  ModelAdapters(ModelSites model, std::vector<at::Tensor> parameters, std::shared_ptr<ModelReference> session)
       : model_(std::move(model)), session_(std::move(session)) {
+    std::set<const c10::TensorImpl*> known;  // a model lists a tied weight under each of its names
     for (auto& parameter : parameters) {
+      if (!known.insert(parameter.unsafeGetTensorImpl()).second) continue;
       const bool required = parameter.requires_grad();
       original_parameters_.emplace_back(std::move(parameter), required);
     }
@@ -95,7 +98,42 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       throw StateError(std::string("[lora::") + operation +
                        "] found a forward running in another thread, expected none while adapters change");
     }
+    for (const auto& site : model_.sites) {
+      if (site.weight == nullptr || site.host->takes_nodes() || site.host->alive()) continue;
+      throw StateError(std::string("[lora::") + operation + "] found " + site.path +
+                       " destroyed, or not in the model that adapters_of was called with, expected the whole model");
+    }
+    if (!merged_.empty()) follow_moves();
     return lock;
+  }
+
+  /// What every handle keeps a copy of. With the last one the references to the model are let go; `alive` are the objects
+  /// of the model for those that have been.
+  std::shared_ptr<void> handle(const std::set<const void*>& alive = {}) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    auto handle = handle_.lock();
+    if (handle == nullptr) {
+      handle = std::shared_ptr<void>(this, [self = shared_from_this()](void*) mutable {
+        const auto adapters = std::move(self);  // handle_ keeps this function object
+        const std::lock_guard<std::recursive_mutex> still(adapters->mutex_);
+        adapters->for_references([](ModelReference& reference) { reference.let_go(); });
+      });
+      handle_ = handle;
+    }
+    for_references([&](ModelReference& reference) { reference.hold(alive); });
+    return handle;
+  }
+
+  /// Throws a c10::ValueError for a name that is no adapter's or is taken.
+  void check_name(const std::string& name) const {
+    TORCH_CHECK_VALUE(!name.empty() && name.find_first_of("./") == std::string::npos &&
+                          std::string("lora_").find(name) == std::string::npos,
+                      "[lora::inject] found the adapter name \"", name,
+                      "\", expected a name without '.' and '/' that is no part of \"lora_\" (PEFT cannot load those)");
+    for (const auto& adapter : adapters_) {
+      TORCH_CHECK_VALUE(adapter.name != name, "[lora::inject] found an adapter named \"", name,
+                        "\" in the model, expected a new name; remove() it first or choose another");
+    }
   }
 
   /// Chooses the sites for an adapter; the model is not touched.
@@ -105,7 +143,17 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       throw StateError(
           "[lora::inject] found InferenceMode enabled, expected it off: tensors made in it get no gradient");
     }
-    return Planner(model_, method.targeting(), unmatched).plan();
+    auto plan = Planner(model_, method.targeting(), unmatched).plan();
+    std::vector<std::vector<std::string>> names;
+    for (const auto& planned : plan.sites) names.push_back(names_of(model_.sites[planned.site]));
+    std::string entries;
+    for (const auto& entry : method.unmatched(names)) {
+      entries += (entries.empty() ? "" : "\n") + ("[lora::inject] found no adapted module for " + entry);
+      plan.notes.push_back("found no adapted module for " + entry);
+    }
+    TORCH_CHECK_VALUE(entries.empty() || unmatched == Unmatched::kNote, entries,
+                      "; expected a module's path, its end behind a dot, or a regular expression for one of them");
+    return plan;
   }
 
   /// Makes the updates of a planned adapter, without values where they are not to be `initialise`d; the model is not
@@ -116,7 +164,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     std::map<size_t, InjectionReport::Module> modules;
     for (const auto& planned : plan.sites) {
       const auto& site = model_.sites[planned.site];
-      const auto base = site.base();
+      const auto base = site.base_matrix();
       const auto options = base.options().dtype(method->tensor_dtype(base.scalar_type())).requires_grad(false);
       auto adapter = std::make_shared<WeightAdapter>();
       adapter->adapter = name;
@@ -124,7 +172,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       InjectionReport::Module module{site.path, "", base.size(0), base.size(1), 0};
       for (const auto& part : planned.parts) {
         adapter->parts.push_back(
-            {part.name, part.begin, method->create({site.file_path, base.size(1), part.size, options, initialise})});
+            {part.name, part.begin, method->create({names_of(site), base.size(1), part.size, options, initialise})});
         if (!part.name.empty()) module.parts += (module.parts.empty() ? "" : ",") + part.name;
         for (const auto& named : adapter->parts.back().update->tensors()) module.parameters += named.tensor.numel();
       }
@@ -190,6 +238,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
         }
       }
     }
+    announce_gradients();
   }
 
   /// Makes `active` the active adapters. `weights` holds the merged W′ of sites by index, `merged` the adapters in
@@ -221,6 +270,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     }
     active_ = active;
     merged_ = merged;
+    announce_gradients();
   }
 
   /// Leaves the model as it was before the first injection, with `weights` (by site) in place of W0 where given.
@@ -328,14 +378,39 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   static std::string node_name(const std::string& adapter) { return "lora_" + adapter; }
 
  private:
-  void check_name(const std::string& name) const {
-    TORCH_CHECK_VALUE(!name.empty() && name.find_first_of("./") == std::string::npos &&
-                          std::string("lora_").find(name) == std::string::npos,
-                      "[lora::inject] found the adapter name \"", name,
-                      "\", expected a name without '.' and '/' that is no part of \"lora_\" (PEFT cannot load those)");
-    for (const auto& adapter : adapters_) {
-      TORCH_CHECK_VALUE(adapter.name != name, "[lora::inject] found an adapter named \"", name,
-                        "\" in the model, expected a new name; remove() it first or choose another");
+  template <class Function>
+  void for_references(const Function& function) {
+    for (const auto& site : model_.sites) function(*site.host);
+    if (session_ != nullptr) function(*session_);
+  }
+
+  /// Scripted modules ask their weights whether a gradient is wanted; where none is, they take kernels without one.
+  void announce_gradients() {
+    for (const auto& site : model_.sites) {
+      if (site.weight == nullptr || site.host->takes_nodes() || !site.host->alive()) continue;
+      const auto slot = site.host->weight();
+      if (as_carrier(slot) != nullptr) slot.set_requires_grad(site.weight->wants_gradient());
+    }
+  }
+
+  /// In TorchScript, to() on a merged model reaches W′ alone: W0 and the adapters follow here.
+  void follow_moves() {
+    for (auto& site : model_.sites) {
+      if (site.weight == nullptr || site.host->takes_nodes() || !site.host->alive()) continue;
+      const auto slot = site.host->weight();
+      auto base = site.weight->base();
+      if (as_carrier(slot) != nullptr || (slot.dtype() == base.dtype() && slot.device() == base.device())) continue;
+      const auto method_dtype = [&](const std::string& name) {
+        return adapter(name).method->tensor_dtype(slot.scalar_type());
+      };
+      base.set_data(base.to(slot.options()));
+      for (const auto& adapter : site.adapters) {
+        for (const auto& part : adapter.updates->parts) {
+          for (auto& named : part.update->tensors()) {
+            named.tensor.set_data(named.tensor.to(slot.device(), method_dtype(adapter.updates->adapter)));
+          }
+        }
+      }
     }
   }
 
@@ -343,7 +418,9 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
               std::map<std::string, std::shared_ptr<AdapterNode>>& nodes) {
     const auto& [site_index, updates] = prepared.updates[index];
     auto& site = model_.sites[site_index];
-    if (site.weight == nullptr) site.weight = std::make_shared<AdaptedWeight>(site.host, site.host->weight(), calls_);
+    if (site.weight == nullptr) {
+      site.weight = std::make_shared<AdaptedWeight>(site.host, site.host->weight(), calls_, site.transposed);
+    }
     auto& node = nodes[site.module_path];
     if (node == nullptr) {
       node = std::make_shared<AdapterNode>(node_name(prepared.name), shared_from_this(), prepared.method);
@@ -367,7 +444,8 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   std::shared_ptr<CallState> calls_ = std::make_shared<CallState>();
   std::vector<std::pair<at::Tensor, bool>> original_parameters_;  // with their requires_grad
   std::vector<std::pair<at::Tensor, at::Tensor>> untied_;
-  std::shared_ptr<void> session_;
+  std::shared_ptr<ModelReference> session_;
+  std::weak_ptr<void> handle_;
   std::recursive_mutex mutex_;
   std::weak_ptr<ModelAdapters> joined_into_;
   bool unloaded_ = false;

@@ -79,6 +79,7 @@ class Planner {
       problems_.push_back("found no module to adapt, expected at least one; candidates: " + candidates());
     }
     if (!problems_.empty()) {
+      if (!model_.unreachable.empty()) problems_.push_back(model_.unreachable);
       std::string message;
       for (const auto& problem : problems_) message += (message.empty() ? "" : "\n") + ("[lora::inject] " + problem);
       TORCH_CHECK_VALUE(false, message);
@@ -199,7 +200,7 @@ class Planner {
                           site.path);
       return;
     }
-    const auto weight = site.base();
+    const auto weight = site.base_matrix();
     if (weight.dim() != 2 || !weight.is_floating_point()) {
       problems_.push_back("found a weight of " + std::to_string(weight.dim()) + " dimensions and type " +
                           std::string(c10::toString(weight.scalar_type())) +

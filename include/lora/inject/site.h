@@ -31,14 +31,18 @@ struct Site {
   std::vector<FusedPart> parts;      // row ranges that the module's type knows: q, k, v
   std::string tied_to;               // another parameter on the same memory; empty: none
   bool tied_to_embedding = false;
-  bool is_linear = false;  // belongs to "all-linear"
+  bool is_linear = false;   // belongs to "all-linear"
+  bool transposed = false;  // the parameter holds [in, out]: its module computes x · W
   std::shared_ptr<Host> host;
   std::function<bool(const Targeting&, const std::string& path)> predicate;  // target_if on this module
 
   std::shared_ptr<AdaptedWeight> weight;  // null until an adapter goes in
   std::vector<Adapter> adapters;          // by the order of their injection
 
+  /// The parameter as the model holds it.
   at::Tensor base() const { return weight ? weight->base() : host->weight(); }
+  /// The parameter's values as [out, in], the way in which updates are counted.
+  at::Tensor base_matrix() const { return transposed ? base().detach().t() : base(); }
 
   const WeightAdapter* find(const std::string& adapter) const {
     for (const auto& candidate : adapters) {
@@ -54,6 +58,13 @@ inline std::string peft_module(const Site& site) {
   return base_layer == std::string::npos ? site.file_path : site.file_path.substr(0, base_layer);
 }
 
+/// Every name that a pattern of a configuration may know the site by.
+inline std::vector<std::string> names_of(const Site& site) {
+  auto names = site.aliases;
+  names.insert(names.begin(), {site.path, site.file_path, peft_module(site)});
+  return names;
+}
+
 /// A module that cannot take an adapter, kept to say so by name.
 struct OtherModule {
   std::string path;
@@ -65,6 +76,7 @@ struct OtherModule {
 struct ModelSites {
   std::vector<Site> sites;
   std::vector<OtherModule> others;
+  std::string unreachable;  // weights that no host can stand for, as a problem of an injection that fails; empty: none
 };
 
 inline std::string join_path(const std::string& prefix, const std::string& name) {

@@ -36,6 +36,10 @@ constexpr const char* kConfigFile = "adapter_config.json";
 constexpr const char* kTensorFile = "adapter_model.safetensors";
 /// Metadata of the tensor file with our own configuration, where PEFT's cannot say all: parts of fused projections.
 constexpr const char* kOwnConfig = "lora.config";
+/// Metadata of the tensor file with what of PEFT's configuration the tensors' meaning depends on: a save that was
+/// interrupted between the two files is found by it.
+constexpr const char* kScalingConfig = "lora.scaling";
+constexpr const char* kScalingKeys[] = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"};
 
 /// An adapter on one module as PEFT stores it: ΔW = s·B·A over the whole weight, s by rank and alpha.
 struct StoredFactors {
@@ -44,6 +48,11 @@ struct StoredFactors {
   int64_t rank = 0;
   double alpha = 0;
 };
+
+/// Whether two scalings are equal but for the rounding of their computation.
+inline bool same(double a, double b) {
+  return std::abs(a - b) <= 1e-12 * std::abs(a);
+}
 
 inline int64_t total_rank(const WeightAdapter& adapter) {
   int64_t rank = 0;
@@ -88,18 +97,24 @@ class PeftWriter {
     const c10::NoGradGuard no_grad;
     std::map<std::string, torch::Tensor> tensors;
     for (const auto& factors : stored_) {
-      const auto [A, B] = stack_parts(*factors.updates, factors.site->base().size(0), factors.rank);
+      const auto [A, B] = stack_parts(*factors.updates, factors.site->base_matrix().size(0), factors.rank);
       tensors[kPeftPrefix + join_path(factors.site->file_path, kKeyOfA)] = A;
       tensors[kPeftPrefix + join_path(factors.site->file_path, kKeyOfB)] = B;
     }
     std::map<std::string, std::string> metadata{{"format", "pt"}};
+    const auto config = this->config();
     if (needs_own_config_) metadata[kOwnConfig] = own_config().dump();
-    save_safetensors(tensors, directory + "/" + kTensorFile, metadata);
+    auto scaling = Json::object();
+    for (const auto* key : kScalingKeys) scaling[key] = config[key];
+    metadata[kScalingConfig] = scaling.dump();
 
-    const auto text = config().dump(2) + "\n";
-    AtomicFile file(directory + "/" + kConfigFile);
-    file.write(text.data(), text.size());
-    file.commit();
+    AtomicFile tensor_file(directory + "/" + kTensorFile), config_file(directory + "/" + kConfigFile);
+    write_safetensors(tensor_file, tensors, metadata);
+    config_file.write(config.dump(2) + "\n");
+    tensor_file.sync();
+    config_file.sync();
+    tensor_file.commit();
+    config_file.commit();
   }
 
  private:
@@ -119,18 +134,26 @@ class PeftWriter {
       factors.alpha = alpha_for(factors);
       needs_own_config_ = needs_own_config_ || factors.rank != total_rank(*factors.updates);
     }
+    for (const auto& factors : stored_) {
+      for (const auto& other : stored_) {
+        const auto module = peft_module(*factors.site);
+        TORCH_CHECK_VALUE(peft_module(*other.site) != module || same(other.alpha, factors.alpha), "[lora::save] found "
+                          "different scalings on the weights of ", module, ", expected one: PEFT has one rank and one "
+                          "alpha for a MultiheadAttention; choose alpha_pattern so that alpha / rank are equal");
+      }
+    }
   }
 
   /// The alpha that gives the update's scaling at the stored rank.
   double alpha_for(const StoredFactors& factors) const {
     const auto& update = static_cast<const LoraUpdate&>(*factors.updates->parts.front().update);
-    const auto& path = factors.site->file_path;
+    const auto names = names_of(*factors.site);
     const auto divisor = [&](int64_t rank) {
       return method_->config().use_rslora() ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank);
     };
     // Modules written with LoRALinear may have other configurations than the first one of the name.
-    const bool as_configured = update.rank() == method_->rank(path) && update.scaling() == method_->scaling(path);
-    const double alpha = as_configured ? method_->alpha(path) : update.scaling() * divisor(update.rank());
+    const bool as_configured = update.rank() == method_->rank(names) && update.scaling() == method_->scaling(names);
+    const double alpha = as_configured ? method_->alpha(names) : update.scaling() * divisor(update.rank());
     return factors.rank == update.rank() ? alpha : alpha * divisor(factors.rank) / divisor(update.rank());
   }
 
@@ -232,21 +255,32 @@ class PeftReader {
       : adapters_(adapters), directory_(std::move(directory)), name_(std::move(name)) {}
 
   PreparedAdapter read() {
-    const auto stored_config = read_config(parse(read_text(directory_ + "/" + kConfigFile)));
-    const auto file = load_safetensors_with_metadata(directory_ + "/" + kTensorFile);
+    adapters_.check_name(name_);
+    const auto config_path = directory_ + "/" + kConfigFile, tensor_path = directory_ + "/" + kTensorFile;
+    const auto stored_json = parse(read_text(config_path), config_path);
+    const auto stored_config = read_config(stored_json, config_path);
+    const auto file = load_safetensors_with_metadata(tensor_path);
+    check_scaling(stored_json, file.metadata);
     auto config = stored_config;
     const auto own = file.metadata.find(kOwnConfig);
-    if (own != file.metadata.end()) config = read_config(parse(own->second));
+    if (own != file.metadata.end()) {
+      config = read_config(parse(own->second, tensor_path), tensor_path).lora_dropout(stored_config.lora_dropout());
+    }
 
     collect(file.tensors);
     const auto method = std::make_shared<const LoRA>(config);
     auto plan = make_plan(*method);
     leave_out_partners(plan);
-    auto prepared = adapters_.prepare(method, name_, plan, /*initialise=*/false);
-    const LoRA stored_method(stored_config);
-    for (auto& [index, updates] : prepared.updates) fill(adapters_.sites()[index], *updates, stored_method);
+    const LoRA stored(stored_config);
+    for (const auto& planned : plan.sites) check(planned, *method, stored);
     for (const auto& [path, factors] : factors_) {
       if (!factors.used) problems_.push_back("found tensors for " + path + ", expected none: " + why_unexpected(path));
+    }
+    finish();  // before memory is taken by what the file claims
+    auto prepared = adapters_.prepare(method, name_, plan, /*initialise=*/false);
+    for (auto& [index, updates] : prepared.updates) {
+      const auto& site = adapters_.sites()[index];
+      split(site, *updates, factors_.at(site.file_path));
     }
     finish();
     return prepared;
@@ -269,17 +303,31 @@ class PeftReader {
     return {std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
   }
 
-  Json parse(const std::string& text) const {
+  static Json parse(const std::string& text, const std::string& path) {
     auto json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-    if (!json.is_object()) throw FormatError(directory_ + "/" + kConfigFile, {"is not a JSON object"});
+    if (!json.is_object()) throw FormatError(path, {"found no JSON object, expected an adapter's configuration"});
     return json;
   }
 
-  LoraConfig read_config(const Json& json) const {
+  static LoraConfig read_config(const Json& json, const std::string& path) {
     std::vector<std::string> problems;
     auto config = LoraConfigReader(json, problems).read();
-    if (!problems.empty()) throw FormatError(directory_ + "/" + kConfigFile, problems);
+    if (!problems.empty()) throw FormatError(path, problems);
     return config;
+  }
+
+  /// Whether the two files were written together, where the tensor file says with what.
+  void check_scaling(const Json& stored, const std::map<std::string, std::string>& metadata) {
+    const auto written = metadata.find(kScalingConfig);
+    if (written == metadata.end()) return;
+    const auto json = parse(written->second, directory_ + "/" + kTensorFile);
+    for (const auto* key : kScalingKeys) {
+      const auto value = [key](const Json& in) { return in.contains(key) ? in.at(key) : Json(); };
+      if (value(stored) == value(json)) continue;
+      problems_.push_back("found " + std::string(key) + " = " + value(stored).dump() + " in " + kConfigFile +
+                          ", expected " + value(json).dump() + " as when " + kTensorFile +
+                          " was saved: the two files do not belong together; save the adapter again");
+    }
   }
 
   /// Sorts the file's tensors by module.
@@ -349,8 +397,9 @@ class PeftReader {
     return "[" + text + "]";
   }
 
-  /// Copies the file's factors for one module into its updates.
-  void fill(const Site& site, WeightAdapter& adapter, const LoRA& stored) {
+  /// Whether the file's factors for one module have the shapes that both configurations give them.
+  void check(const PlannedSite& planned, const LoRA& method, const LoRA& stored) {
+    const auto& site = adapters_.sites()[planned.site];
     const auto found = factors_.find(site.file_path);
     if (found == factors_.end()) {
       problems_.push_back("found no tensors, expected lora_A and lora_B for " + site.file_path);
@@ -358,8 +407,8 @@ class PeftReader {
     }
     auto& factors = found->second;
     factors.used = true;
-    const auto base = site.base();
-    const auto rank = stored.rank(site.file_path);
+    const auto base = site.base_matrix();
+    const auto rank = stored.rank({peft_module(site)});
     const auto in_order = [&](const at::Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
       const bool fits = tensor.defined() && tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
       if (!fits) {
@@ -370,15 +419,13 @@ class PeftReader {
     };
     const bool a_fits = in_order(factors.A, rank, base.size(1), "lora_A");
     if (!in_order(factors.B, base.size(0), rank, "lora_B") || !a_fits) return;
-    const double scaling = static_cast<const LoraUpdate&>(*adapter.parts.front().update).scaling();
-    if (total_rank(adapter) > rank || std::abs(scaling - stored.scaling(site.file_path)) > 1e-9 * std::abs(scaling)) {
-      problems_.push_back("found rank " + std::to_string(rank) + " and scaling " +
-                          std::to_string(stored.scaling(site.file_path)) + " in " + kConfigFile +
-                          ", expected what the " + kOwnConfig + " metadata says for " + site.file_path +
-                          "; was the file edited?");
-      return;
+    const auto parts = static_cast<int64_t>(planned.parts.size());
+    const auto scaling = stored.scaling({peft_module(site)});
+    if (method.rank(names_of(site)) > rank / parts || !same(method.scaling(names_of(site)), scaling)) {
+      problems_.push_back("found rank " + std::to_string(rank) + " and scaling " + std::to_string(scaling) + " in " +
+                          kConfigFile + ", expected what the " + kOwnConfig + " metadata of " + kTensorFile +
+                          " says for " + site.file_path + "; save the adapter again");
     }
-    split(site, adapter, factors);
   }
 
   /// Takes the stacked factors of stack_parts apart again.

@@ -44,10 +44,9 @@ LORA_ALWAYS_INLINE void choose(const Lanes<int32_t>& mask, const Lanes<T>& yes, 
 
 // Loading: an element as a summand, exactly.
 
-template <class T>
-LORA_ALWAYS_INLINE void load(const T* from, Lanes<T>& to) {
-  std::memcpy(&to, from, sizeof to);
-}
+LORA_ALWAYS_INLINE void load(const double* from, Lanes<double>& to) { std::memcpy(&to, from, sizeof to); }
+
+LORA_ALWAYS_INLINE void load(const float* from, Lanes<float>& to) { std::memcpy(&to, from, sizeof to); }
 
 LORA_ALWAYS_INLINE void load(const c10::BFloat16* from, Lanes<float>& to) {
   Lanes<uint16_t> half;

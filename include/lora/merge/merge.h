@@ -4,8 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/matmul.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <lora/detail/parallel.h>
 #include <lora/merge/merge_kernel.h>
 #include <lora/methods/method.h>
@@ -110,17 +111,18 @@ inline std::unique_ptr<MergeTiles> merge_tiles(MergeJob& job) {
 /// The same sum by LibTorch's operators, for devices without a kernel of ours.
 inline void merge_by_operators(MergeJob& job) {
   const auto dtype = accumulation_dtype(job.base.scalar_type());
-  auto sum = job.base.to(dtype, /*non_blocking=*/false, /*copy=*/true);
+  auto update_sum = at::zeros(job.base.sizes(), job.base.options().dtype(dtype));
   for (const auto& [begin, update] : job.updates) {
-    sum.narrow(0, begin, update.B.size(0)).addmm_(update.B.to(dtype), update.A.to(dtype), 1, update.scaling);
+    update_sum.narrow(0, begin, update.B.size(0)).addmm_(update.B.to(dtype), update.A.to(dtype), 1, update.scaling);
   }
-  job.merged = sum.to(job.base.scalar_type());
+  job.merged = (job.base.to(dtype) + update_sum).to(job.base.scalar_type());
   job.non_finite = job.merged.numel() - at::isfinite(job.merged).sum().item<int64_t>();
 }
 
 /// Computes every job's W′ in one threaded pass. Throws a c10::ValueError that names each weight with a NaN or infinite
 /// result; nothing but the jobs' own buffers is written.
 inline void merge_weights(std::vector<std::unique_ptr<MergeJob>>& jobs) {
+  const c10::InferenceMode no_inference(false);  // W′ made in it could not be saved for a backward outside of it
   const c10::NoGradGuard no_grad;
   std::vector<std::unique_ptr<MergeTiles>> tiles;
   std::vector<std::pair<MergeTiles*, int64_t>> tasks;

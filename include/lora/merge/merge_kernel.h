@@ -46,8 +46,8 @@ inline bool is_finite_bits(T value) {
   return (bits & exponent) != exponent;
 }
 
-/// Merges one tile; returns how many results are NaN or infinite. Sums in `Sum`, rounds once, reads W0 and writes W′
-/// once.
+/// Merges one tile; returns how many results are NaN or infinite. Sums the updates in `Sum` and adds W0 last, so that W′ is
+/// rounded once and not with every term; reads W0 and writes W′ once.
 template <class T, class Sum>
 LORA_ALWAYS_INLINE int64_t merge_tile_body(const MergeTile<T, Sum>& tile) {
   using Mask = std::conditional_t<sizeof(Sum) == 8, uint64_t, uint32_t>;
@@ -58,9 +58,7 @@ LORA_ALWAYS_INLINE int64_t merge_tile_body(const MergeTile<T, Sum>& tile) {
     Lanes<Mask> bad_lanes{};
     int64_t column = tile.left;
     for (; column + 2 * kLanes <= tile.right; column += 2 * kLanes) {
-      Lanes<Sum> low, high, a;
-      load(base + column, low);
-      load(base + column + kLanes, high);
+      Lanes<Sum> low{}, high{}, a;
       for (int64_t k = 0; k < tile.count; ++k) {
         const auto& update = tile.factors[k];
         if (row < update.begin || row >= update.end) continue;
@@ -73,19 +71,23 @@ LORA_ALWAYS_INLINE int64_t merge_tile_body(const MergeTile<T, Sum>& tile) {
           high += a * b[r];
         }
       }
+      load(base + column, a);
+      low += a;
+      load(base + column + kLanes, a);
+      high += a;
       store(low, merged + column, bad_lanes);
       store(high, merged + column + kLanes, bad_lanes);
     }
     for (int64_t lane = 0; lane < kLanes; ++lane) bad += static_cast<int64_t>(bad_lanes[lane]);
     for (; column < tile.right; ++column) {
-      Sum sum = static_cast<Sum>(base[column]);
+      Sum sum = 0;
       for (int64_t k = 0; k < tile.count; ++k) {
         const auto& update = tile.factors[k];
         if (row < update.begin || row >= update.end) continue;
         const Sum* b = update.B + (row - update.begin) * update.rank;
         for (int64_t r = 0; r < update.rank; ++r) sum += b[r] * update.A[r * tile.columns + column];
       }
-      merged[column] = static_cast<T>(sum);
+      merged[column] = static_cast<T>(static_cast<Sum>(base[column]) + sum);
       bad += is_finite_bits(merged[column]) ? 0 : 1;
     }
   }

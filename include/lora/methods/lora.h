@@ -7,6 +7,7 @@
 #include <lora/methods/method.h>
 #include <lora/version.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -85,25 +86,40 @@ class LoRA final : public Method {
     return config_.autocast_adapter_dtype() ? accumulation_dtype(base) : base;
   }
 
-  int64_t rank(const std::string& path) const { return first_match(ranks_, path, config_.r()); }
-  double alpha(const std::string& path) const { return first_match(alphas_, path, config_.lora_alpha()); }
-  double scaling(const std::string& path) const {
-    const auto rank = static_cast<double>(this->rank(path));
-    return alpha(path) / (config_.use_rslora() ? std::sqrt(rank) : rank);
+  /// For a weight by any of its paths.
+  int64_t rank(const std::vector<std::string>& names) const { return first_match(ranks_, names, config_.r()); }
+  double alpha(const std::vector<std::string>& names) const { return first_match(alphas_, names, config_.lora_alpha()); }
+  double scaling(const std::vector<std::string>& names) const {
+    const auto rank = static_cast<double>(this->rank(names));
+    return alpha(names) / (config_.use_rslora() ? std::sqrt(rank) : rank);
+  }
+
+  std::vector<std::string> unmatched(const std::vector<std::vector<std::string>>& weights) const override {
+    std::vector<std::string> entries;
+    const auto collect = [&](const char* field, const auto& matchers, const auto& patterns) {
+      for (size_t i = 0; i < matchers.size(); ++i) {
+        const bool matched = std::any_of(weights.begin(), weights.end(),
+                                         [&](const auto& names) { return matches(matchers[i].first, names); });
+        if (!matched) entries.push_back(std::string(field) + "[\"" + patterns[i].first + "\"]");
+      }
+    };
+    collect("rank_pattern", ranks_, config_.rank_pattern());
+    collect("alpha_pattern", alphas_, config_.alpha_pattern());
+    return entries;
   }
 
   std::shared_ptr<Update> create(const UpdateSpec& spec) const override {
-    const auto r = rank(spec.path);
+    const auto r = rank(spec.names);
     auto A = at::empty({r, spec.in_features}, spec.options);
     if (!spec.initialise) {
       A.zero_();
     } else if (config_.init_lora_weights() == LoraInit::kGaussian) {
       A.normal_(0, 1.0 / static_cast<double>(r));
-    } else {
+    } else if (A.numel() > 0) {
       const auto bound = 1.0 / std::sqrt(static_cast<double>(spec.in_features));
       A.uniform_(-bound, bound);
     }
-    return std::make_shared<LoraUpdate>(A, at::zeros({spec.out_features, r}, spec.options), scaling(spec.path));
+    return std::make_shared<LoraUpdate>(A, at::zeros({spec.out_features, r}, spec.options), scaling(spec.names));
   }
 
  private:
@@ -115,10 +131,14 @@ class LoRA final : public Method {
     return detail::PythonRegex("(.*\\.)?(" + pattern + ")");
   }
 
+  static bool matches(const detail::PythonRegex& regex, const std::vector<std::string>& names) {
+    return std::any_of(names.begin(), names.end(), [&](const std::string& name) { return regex.fullmatch(name); });
+  }
+
   template <class Value>
-  static Value first_match(const Matchers<Value>& matchers, const std::string& path, Value otherwise) {
+  static Value first_match(const Matchers<Value>& matchers, const std::vector<std::string>& names, Value otherwise) {
     for (const auto& [regex, value] : matchers) {
-      if (regex.fullmatch(path)) return value;
+      if (matches(regex, names)) return value;
     }
     return otherwise;
   }

@@ -73,9 +73,9 @@ class Update {
   }
 };
 
-/// What an update is made for: ΔW [out_features, in_features] of the weight at `path`, tensors as `options` says.
+/// What an update is made for: ΔW [out_features, in_features] of the weight with these paths, tensors as `options` says.
 struct UpdateSpec {
-  std::string path;
+  std::vector<std::string> names;
   int64_t in_features = 0;
   int64_t out_features = 0;
   at::TensorOptions options;
@@ -93,6 +93,10 @@ class Method {
   virtual const Targeting& targeting() const = 0;
   /// A new update, initialised by the method's rule from the global random generator of the options' device.
   virtual std::shared_ptr<Update> create(const UpdateSpec& spec) const = 0;
+  /// Entries of the configuration, as "rank_pattern[\"q_prj\"]", that name none of the weights with these paths.
+  virtual std::vector<std::string> unmatched(const std::vector<std::vector<std::string>>& /*weights*/) const {
+    return {};
+  }
   /// Probability with which an element of the input is dropped in training.
   virtual double dropout() const = 0;
   /// The dtype of the adapter's tensors on a base of the given dtype.

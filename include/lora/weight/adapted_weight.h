@@ -42,17 +42,33 @@ class AdaptedWeight {
     std::vector<std::shared_ptr<const WeightAdapter>> active;
   };
 
-  AdaptedWeight(std::shared_ptr<Host> host, at::Tensor base, std::shared_ptr<CallState> calls)
-      : host_(std::move(host)), base_(std::move(base)), calls_(std::move(calls)) {
+  /// `transposed`: the parameter holds [in, out].
+  AdaptedWeight(std::shared_ptr<Host> host, at::Tensor base, std::shared_ptr<CallState> calls, bool transposed = false)
+      : host_(std::move(host)), base_(std::move(base)), calls_(std::move(calls)), transposed_(transposed) {
     publish(base_, {});
   }
 
   Host& host() const { return *host_; }
   const at::Tensor& base() const { return base_; }
+  bool transposed() const { return transposed_; }
+  /// A tensor in the parameter's layout as [out, in].
+  at::Tensor matrix(const at::Tensor& stored) const { return transposed_ ? stored.t() : stored; }
   const std::shared_ptr<CallState>& calls() const { return calls_; }
   void set_calls(std::shared_ptr<CallState> calls) { calls_ = std::move(calls); }
 
   std::shared_ptr<const Snapshot> snapshot() const { return std::atomic_load(&snapshot_); }
+
+  /// Whether an adapter that is active now is being trained.
+  bool wants_gradient() const {
+    for (const auto& adapter : snapshot()->active) {
+      for (const auto& part : adapter->parts) {
+        for (const auto& named : part.update->tensors()) {
+          if (named.tensor.requires_grad()) return true;
+        }
+      }
+    }
+    return false;
+  }
 
   /// Lets a merged weight follow Module::to(); W0 itself follows as the registered parameter that it is.
   void moved(std::optional<c10::Device> device, std::optional<at::ScalarType> dtype);
@@ -66,6 +82,7 @@ class AdaptedWeight {
   std::shared_ptr<Host> host_;
   at::Tensor base_;  // the registered parameter: the same TensorImpl, so that it follows to() and load()
   std::shared_ptr<CallState> calls_;
+  bool transposed_;
   std::shared_ptr<const Snapshot> snapshot_;
 };
 
@@ -107,8 +124,9 @@ class AdaptedWeightImpl final : public c10::TensorImpl {
         view_(view),
         owner_(std::move(owner)) {
     const auto columns = weight_->base().size(1);
+    const bool flipped = view_.transposed != weight_->transposed();
     const std::array<int64_t, 2> sizes{view_.size(0), view_.size(1)};
-    const std::array<int64_t, 2> strides{view_.transposed ? 1 : columns, view_.transposed ? columns : 1};
+    const std::array<int64_t, 2> strides{flipped ? 1 : columns, flipped ? columns : 1};
     set_sizes_and_strides(c10::IntArrayRef(sizes), c10::IntArrayRef(strides));
     set_storage_access_should_throw();
   }
@@ -123,6 +141,13 @@ class AdaptedWeightImpl final : public c10::TensorImpl {
   void announce(caffe2::TypeMeta dtype, c10::Device device) {
     if (data_type_ != dtype) data_type_ = dtype;
     if (device_opt_ != device) device_opt_ = device;
+  }
+
+  // A weak reference to the tensor outlives it; it must not keep the model's adapters.
+  void release_resources() override {
+    weight_.reset();
+    owner_.reset();
+    c10::TensorImpl::release_resources();
   }
 
   const char* tensorimpl_type_name() const override {
@@ -172,7 +197,9 @@ inline void AdaptedWeight::moved(std::optional<c10::Device> device, std::optiona
 }
 
 inline at::Tensor make_carrier(std::shared_ptr<AdaptedWeight> weight, std::shared_ptr<void> owner) {
-  const WeightView whole{{0, weight->base().size(0), 0, weight->base().size(1)}, false};
+  const bool transposed = weight->transposed();
+  const auto& base = weight->base();
+  const WeightView whole{{0, base.size(transposed ? 1 : 0), 0, base.size(transposed ? 0 : 1)}, transposed};
   return at::detail::make_tensor<AdaptedWeightImpl>(std::move(weight), whole, std::move(owner));
 }
 

@@ -4,6 +4,7 @@
 #include <lora/version.h>
 
 #include <memory>
+#include <set>
 #include <string>
 
 namespace torch {
@@ -15,11 +16,20 @@ class Module;
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
-/// The place of one weight in a model. It does not keep the model alive.
-class Host {
+/// Something that refers to a model and does not keep it alive.
+class ModelReference {
  public:
-  virtual ~Host() = default;
+  virtual ~ModelReference() = default;
 
+  /// Called with the objects of a model that is alive, when the first handle on its adapters is made again.
+  virtual void hold(const std::set<const void*>& /*alive*/) {}
+  /// Called when the last handle on the adapters is gone: only kernels ask from now on.
+  virtual void let_go() {}
+};
+
+/// The place of one weight in a model.
+class Host : public ModelReference {
+ public:
   /// Whether the module that holds the weight still exists.
   virtual bool alive() const = 0;
   /// The module's train / eval switch.
@@ -35,6 +45,8 @@ class Host {
   /// Hangs a module with the adapter's tensors below the host.
   virtual void attach(const std::string& name, const std::shared_ptr<torch::nn::Module>& node) = 0;
   virtual void detach(const std::string& name) = 0;
+  /// Called before the weight's value is taken without its gradient though an adapter on it is being trained.
+  virtual void check_detached() const {}
 };
 
 }  // namespace detail

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/_autocast_to_reduced_precision_ops.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -121,6 +123,22 @@ inline std::vector<at::Tensor> chunk_kernel(const at::Tensor& self, int64_t chun
   const auto size = as_carrier(self)->view().size(c10::maybe_wrap_dim(dim, 2));
   TORCH_CHECK_VALUE(chunks > 0, "[lora::weight] found ", chunks, " chunks, expected a positive number");
   return split_kernel(self, (size + chunks - 1) / chunks, dim);
+}
+
+// The value without its gradient: TorchScript's optimised plans take it of every input.
+inline at::Tensor detach_kernel(const at::Tensor& self) {
+  const auto& weight = *as_carrier(self)->weight();
+  if (weight.wants_gradient()) weight.host().check_detached();
+  return plain(self, "aten::detach").detach();
+}
+
+// TorchScript's autocast pass casts the operands of a product. With autocast on, the product's kernel casts the base and
+// the factors itself.
+inline at::Tensor autocast_kernel(const at::Tensor& self, bool cuda_enabled, bool cpu_enabled, at::ScalarType cuda_dtype,
+                                  at::ScalarType cpu_dtype) {
+  if (at::autocast::is_autocast_enabled(self.device().type())) return self;
+  return at::_ops::_autocast_to_reduced_precision::call(plain(self, "aten::_autocast_to_reduced_precision"),
+                                                        cuda_enabled, cpu_enabled, cuda_dtype, cpu_dtype);
 }
 
 // set_data asks this first, so that exchanging a carrier's data, or a tensor's data for a carrier, says what to do.

@@ -77,7 +77,7 @@ at::Tensor adapted_product(const at::Tensor& x, AdaptedWeightImpl& carrier, cons
   carrier.synchronise();
   const c10::impl::ExcludeDispatchKeyGuard below(kAdaptedWeightKey);
 
-  auto y = base_product(carrier.view().of(snapshot->base));
+  auto y = base_product(carrier.view().of(weight->matrix(snapshot->base)));
   if (snapshot->active.empty() || calls->disabled()) return y;
   for (const auto& adapter : snapshot->active) {
     const bool drops = adapter->dropout > 0 && weight->host().training();
@@ -97,7 +97,7 @@ inline at::Tensor dense_weight(AdaptedWeightImpl& carrier) {
   carrier.synchronise();
   const c10::impl::ExcludeDispatchKeyGuard below(kAdaptedWeightKey);
 
-  auto dense = snapshot->base;
+  auto dense = weight.matrix(snapshot->base);
   if (!snapshot->active.empty() && !weight.calls()->disabled()) {
     dense = dense.to(accumulation_dtype(dense.scalar_type()), /*non_blocking=*/false, /*copy=*/true);
     for (const auto& adapter : snapshot->active) {

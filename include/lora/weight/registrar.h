@@ -46,8 +46,11 @@ class Registrar {
     kernels_->impl("narrow", TORCH_FN(narrow_kernel));
     kernels_->impl("slice.Tensor", TORCH_FN(slice_kernel));
     kernels_->impl("split.Tensor", TORCH_FN(split_kernel));
+    kernels_->impl("split.sizes", TORCH_FN(split_with_sizes_kernel));
     kernels_->impl("split_with_sizes", TORCH_FN(split_with_sizes_kernel));
     kernels_->impl("chunk", TORCH_FN(chunk_kernel));
+    kernels_->impl("detach", TORCH_FN(detach_kernel));
+    kernels_->impl("_autocast_to_reduced_precision", TORCH_FN(autocast_kernel));
     kernels_->impl("_has_compatible_shallow_copy_type", TORCH_FN(compatible_shallow_copy_kernel));
   }
 

@@ -1,11 +1,16 @@
 #pragma once
 
+#include <c10/core/GradMode.h>
+#include <lora/detail/error.h>
+#include <lora/inject/hosts/script_object.h>
 #include <lora/inject/site.h>
 #include <lora/version.h>
 #include <lora/weight/host.h>
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/ir.h>
+#include <torch/csrc/jit/passes/inliner.h>
+#include <torch/csrc/jit/runtime/interpreter.h>
 
 #include <map>
 #include <memory>
@@ -22,13 +27,20 @@ namespace detail {
 class ScriptHost final : public Host {
  public:
   ScriptHost(const torch::jit::Module& module, std::string attribute)
-      : object_(module._ivalue()), attribute_(std::move(attribute)) {}
+      : object_(module), attribute_(std::move(attribute)) {}
 
-  bool alive() const override { return !object_.expired(); }
-  bool training() const override {
-    const auto module = this->module();
-    return module.hasattr("training") && module.is_training();
+  torch::jit::Module module() const { return object_.module(); }
+  bool alive() const override { return object_.alive(); }
+  void hold(const std::set<const void*>& alive) override { object_.hold(alive); }
+  void let_go() override {
+    // A carrier that somebody else holds, as a copy of the module does, may run when the object is gone.
+    if (object_.alive()) {
+      const auto slot = weight();
+      if (as_carrier(slot) != nullptr && slot.use_count() > 2) return;
+    }
+    object_.let_go();
   }
+  bool training() const override { return object_.flag("training"); }
   at::Tensor weight() const override { return module().attr(attribute_).toTensor(); }
   void set_weight(const at::Tensor& weight) override { module().setattr(attribute_, weight); }
   void set_parameter(const at::Tensor& tensor) override { set_weight(tensor); }
@@ -36,14 +48,17 @@ class ScriptHost final : public Host {
   void attach(const std::string&, const std::shared_ptr<torch::nn::Module>&) override {}
   void detach(const std::string&) override {}
 
- private:
-  torch::jit::Module module() const {
-    auto object = object_.lock();
-    if (!object) throw StateError("[lora::adapters] found the TorchScript module destroyed, expected it alive");
-    return torch::jit::Module(std::move(object));
+  /// An optimised plan detaches its inputs. Those of the adapted model are thrown away, that of a model around it is not
+  /// known here.
+  void check_detached() const override {
+    if (!c10::GradMode::is_enabled() || torch::jit::currentCallstack().empty()) return;
+    throw StateError("[lora::weight] found TorchScript detaching the adapted weight " + attribute_ +
+                     ", expected none: the adapters would get no gradient; the model around the adapted one was "
+                     "optimised before: inject into the module whose forward is called, or call that one under NoGradGuard");
   }
 
-  c10::weak_intrusive_ptr<c10::ivalue::Object> object_;
+ private:
+  ScriptObject object_;
   std::string attribute_;
 };
 
@@ -53,34 +68,49 @@ class ScriptWalk {
  public:
   ModelSites walk(const torch::jit::Module& root) {
     collect(root, "");
-    for (const auto& [path, module] : modules_) find_multiplied(path, module);
+    for (const auto& [path, module] : modules_) find_multiplied(module);
     for (const auto& [path, module] : modules_) add_sites(path, module);
     for (auto& site : found_.sites) find_tie(site);
+    if (!frozen_.empty()) {
+      found_.unreachable = "found " + std::to_string(frozen_.size()) +
+                           " weights frozen into constants of the graph (torch.jit.freeze), expected attributes of a "
+                           "module, which an adapter can stand in for; save the model without freezing it";
+    }
     return std::move(found_);
   }
 
  private:
-  using Place = std::pair<const c10::ivalue::Object*, std::string>;
+  using Object = const c10::ivalue::Object*;
+  using Place = std::pair<Object, std::string>;
 
   void collect(const torch::jit::Module& module, const std::string& path) {
-    const auto* object = module._ivalue().get();
-    const auto seen = first_path_.find(object);
-    if (seen != first_path_.end()) {
+    const Object object = module._ivalue().get();
+    if (!seen_.insert(object).second) {
       aliases_[object].push_back(path);
-      return;
+    } else {
+      modules_.emplace_back(path, module);
+      for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
+        owners_[memory(parameter.value)].push_back(join_path(path, parameter.name));
+        parameters_.emplace(object, parameter.name);
+      }
+      if (is_embedding(module)) embeddings_.push_back(path);
     }
-    first_path_.emplace(object, path);
-    modules_.emplace_back(path, module);
-    for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
-      owners_[parameter.value.unsafeGetTensorImpl()].push_back(join_path(path, parameter.name));
-    }
-    if (class_name(module) == "Embedding") embeddings_.push_back(path);
     for (const auto& child : module.named_children()) collect(child.value, join_path(path, child.name));
+  }
+
+  /// Tied parameters of a loaded archive are tensors of their own on one storage.
+  static const void* memory(const at::Tensor& tensor) {
+    return tensor.defined() && tensor.has_storage() && tensor.numel() > 0 ? tensor.const_data_ptr() : nullptr;
   }
 
   static std::string class_name(const torch::jit::Module& module) {
     const auto name = module.type()->name();
     return name ? name->name() : "";
+  }
+
+  static bool is_embedding(const torch::jit::Module& module) {
+    const auto type = class_name(module);
+    return type == "Embedding" || type == "EmbeddingBag";
   }
 
   static bool is_matrix(const torch::jit::Module& module, const std::string& attribute) {
@@ -90,32 +120,57 @@ class ScriptWalk {
            value.toTensor().is_floating_point();
   }
 
-  void find_multiplied(const std::string& path, const torch::jit::Module& module) {
+  void find_multiplied(const torch::jit::Module& module) {
     for (const auto& method : module.get_methods()) {
       if (!method.function().isGraphFunction()) continue;
-      const auto graph = torch::jit::toGraphFunction(method.function()).graph();
+      const auto graph = torch::jit::toGraphFunction(method.function()).graph()->copy();
       if (graph->inputs().empty()) continue;
-      find_multiplied(path, module, graph->inputs()[0], graph->block());
+      torch::jit::Inline(*graph);
+      find_multiplied(module, graph->inputs()[0], graph->block());
     }
   }
 
-  void find_multiplied(const std::string& path, const torch::jit::Module& module, const torch::jit::Value* self,
+  void find_multiplied(const torch::jit::Module& module, const torch::jit::Value* self,
                        const torch::jit::Block* block) {
     static const std::map<std::string, size_t> operands{
         {"aten::linear", 1}, {"aten::matmul", 1}, {"aten::mm", 1}, {"aten::addmm", 2}};
     for (const auto* node : block->nodes()) {
-      for (const auto* inner : node->blocks()) find_multiplied(path, module, self, inner);
-      const auto operand = operands.find(node->kind().toQualString());
+      for (const auto* inner : node->blocks()) find_multiplied(module, self, inner);
+      const std::string kind = node->kind().toQualString();
+      const auto operand = operands.find(kind);
       if (operand == operands.end()) continue;
-      const auto* value = node->input(operand->second);
-      const std::string kind = value->node()->kind().toQualString();
-      if (kind == "aten::t" || kind == "aten::numpy_T" || kind == "aten::transpose") value = value->node()->input(0);
-      note_attribute(module, self, value);
+      // linear(x, W) takes [out, in]; the products take [in, out].
+      bool transposed = kind != "aten::linear";
+      const auto* weight = origin(node->input(operand->second), transposed);
+      note_constant(weight);
+      note_attribute(module, self, weight, transposed);
     }
   }
 
+  /// The tensor that `value` is a transpose or a block of.
+  static const torch::jit::Value* origin(const torch::jit::Value* value, bool& transposed) {
+    static const std::set<std::string> blocks{"aten::slice", "aten::narrow", "aten::chunk", "aten::split",
+                                              "aten::split_with_sizes", "prim::ListUnpack"};
+    for (;; value = value->node()->input(0)) {
+      const std::string kind = value->node()->kind().toQualString();
+      if (kind == "aten::t" || kind == "aten::numpy_T" || kind == "aten::transpose") {
+        transposed = !transposed;
+      } else if (blocks.count(kind) == 0) {
+        return value;
+      }
+    }
+  }
+
+  void note_constant(const torch::jit::Value* value) {
+    if (value->node()->kind() != c10::prim::Constant || !value->node()->hasAttribute(c10::attr::value)) return;
+    if (value->node()->kindOf(c10::attr::value) != torch::jit::AttributeKind::t) return;
+    const auto tensor = value->node()->t(c10::attr::value);
+    if (tensor.dim() == 2 && tensor.is_floating_point()) frozen_.insert(memory(tensor));
+  }
+
   /// Follows a chain of attributes from `self` to the weight that `value` reads, if it is one.
-  void note_attribute(const torch::jit::Module& module, const torch::jit::Value* self, const torch::jit::Value* value) {
+  void note_attribute(const torch::jit::Module& module, const torch::jit::Value* self, const torch::jit::Value* value,
+                      bool transposed) {
     std::vector<std::string> names;
     while (value != self) {
       if (value->node()->kind() != c10::prim::GetAttr) return;
@@ -129,46 +184,63 @@ class ScriptWalk {
       if (!child.isModule()) return;
       owner = child.toModule();
     }
-    if (is_matrix(owner, names.front())) multiplied_.emplace(owner._ivalue().get(), names.front());
+    // A lookup table is no matrix of a product, though a tied head multiplies with it.
+    if (is_embedding(owner) || !is_matrix(owner, names.front())) return;
+    auto& as_stored = multiplied_.emplace(Place(owner._ivalue().get(), names.front()), transposed).first->second;
+    as_stored = as_stored && transposed;
   }
 
   void add_sites(const std::string& path, const torch::jit::Module& module) {
     const auto type = class_name(module);
+    const Object object = module._ivalue().get();
     const auto count = found_.sites.size();
-    if (type == "MultiheadAttention" && is_matrix(module, "in_proj_weight")) {
-      const auto rows = module.attr("in_proj_weight").toTensor().size(0) / 3;
-      add(path, module, "in_proj", "in_proj_weight", "", {{"q", rows}, {"k", rows}, {"v", rows}});
-    }
-    if ((type == "Linear" || type == "NonDynamicallyQuantizableLinear") && is_matrix(module, "weight")) {
-      multiplied_.emplace(module._ivalue().get(), "weight");
-    }
+    const bool linear = type == "Linear" || type == "NonDynamicallyQuantizableLinear";
+    const bool attention = type == "MultiheadAttention";
     for (const auto& attribute : module.named_attributes(/*recurse=*/false)) {
-      if (attribute.name == "in_proj_weight" || multiplied_.count({module._ivalue().get(), attribute.name}) == 0)
-        continue;
-      const auto name = attribute.name == "weight" ? "" : attribute.name;
-      add(path, module, name, attribute.name, name, {});
+      const auto& name = attribute.name;
+      if (!is_matrix(module, name)) continue;
+      const auto multiplied = multiplied_.find({object, name});
+      if (attention && name == "in_proj_weight") {
+        const auto rows = attribute.value.toTensor().size(0) / 3;
+        add(path, module, name, {"in_proj", "", {{"q", rows}, {"k", rows}, {"v", rows}}, false, true});
+      } else if (attention && (name == "q_proj_weight" || name == "k_proj_weight" || name == "v_proj_weight")) {
+        const auto local = name.substr(0, name.rfind('_'));
+        add(path, module, name, {local, local, {}, false, true});
+      } else if (linear && name == "weight") {
+        add(path, module, name, {"", "", {}, false, true});
+      } else if (multiplied != multiplied_.end()) {
+        const auto local = name == "weight" ? "" : name;
+        add(path, module, name, {local, local, {}, multiplied->second, parameters_.count({object, name}) != 0});
+      }
     }
     if (count == found_.sites.size()) {
-      found_.others.push_back({path, type, !module.named_parameters(/*recurse=*/false).size() == 0});
+      found_.others.push_back({path, type, module.named_parameters(/*recurse=*/false).size() != 0});
     }
   }
 
-  void add(const std::string& path, const torch::jit::Module& module, const std::string& name,
-           const std::string& attribute, const std::string& file_name, std::vector<FusedPart> parts) {
+  /// How a weight is named and held.
+  struct Kind {
+    std::string name;       // appended to the module's path
+    std::string file_name;  // appended to the module's path in PEFT's files
+    std::vector<FusedPart> parts;
+    bool transposed = false;
+    bool is_linear = false;
+  };
+
+  void add(const std::string& path, const torch::jit::Module& module, const std::string& attribute, Kind kind) {
     Site site;
-    site.path = join_path(path, name);
-    for (const auto& alias : aliases_[module._ivalue().get()]) site.aliases.push_back(join_path(alias, name));
-    site.file_path = join_path(file_path(path), file_name);
+    site.path = join_path(path, kind.name);
+    for (const auto& alias : aliases_[module._ivalue().get()]) site.aliases.push_back(join_path(alias, kind.name));
+    site.file_path = join_path(file_path(path), kind.file_name);
     site.module_path = path;
     site.parameter = attribute;
-    site.parts = std::move(parts);
-    site.is_linear = true;
-    site.host = std::make_shared<ScriptHost>(module, attribute);
-    site.predicate = [object = c10::weak_intrusive_ptr<c10::ivalue::Object>(module._ivalue())](
-                         const Targeting& targeting, const std::string& full_name) {
-      auto locked = object.lock();
-      return targeting.script_predicate && locked &&
-             targeting.script_predicate(full_name, torch::jit::Module(std::move(locked)));
+    site.parts = std::move(kind.parts);
+    site.is_linear = kind.is_linear;
+    site.transposed = kind.transposed;
+    const auto host = std::make_shared<ScriptHost>(module, attribute);
+    site.host = host;
+    site.predicate = [host](const Targeting& targeting, const std::string& full_name) {
+      return targeting.script_predicate && host->alive() && targeting.script_predicate(full_name, host->module());
     };
     found_.sites.push_back(std::move(site));
   }
@@ -186,8 +258,8 @@ class ScriptWalk {
   }
 
   void find_tie(Site& site) const {
-    const auto owners = owners_.find(site.host->weight().unsafeGetTensorImpl());
-    if (owners == owners_.end()) return;
+    const auto owners = owners_.find(memory(site.host->weight()));
+    if (owners == owners_.end() || owners->first == nullptr) return;
     for (const auto& name : owners->second) {
       if (name == join_path(site.module_path, site.parameter)) continue;
       site.tied_to = name;
@@ -197,11 +269,13 @@ class ScriptWalk {
 
   ModelSites found_;
   std::vector<std::pair<std::string, torch::jit::Module>> modules_;
-  std::map<const c10::ivalue::Object*, std::string> first_path_;
-  std::map<const c10::ivalue::Object*, std::vector<std::string>> aliases_;
-  std::map<const c10::TensorImpl*, std::vector<std::string>> owners_;
+  std::set<Object> seen_;
+  std::map<Object, std::vector<std::string>> aliases_;
+  std::map<const void*, std::vector<std::string>> owners_;
   std::vector<std::string> embeddings_;
-  std::set<Place> multiplied_;
+  std::set<Place> parameters_;
+  std::map<Place, bool> multiplied_;   // whether the product reads it as [in, out]
+  std::set<const void*> frozen_;
 };
 
 }  // namespace detail
