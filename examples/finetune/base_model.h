@@ -1,0 +1,119 @@
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <torch/optim/adamw.h>
+#include <torch/utils.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <string>
+#include <system_error>
+#include <utility>
+
+#include "finetune/data.h"           // defines: old_domain_pairs, encode_or_report
+#include "finetune/options.h"        // defines: Options
+#include "finetune/paths.h"          // defines: beside_program
+#include "models/gpt2_checkpoint.h"  // defines: load_gpt2, save_gpt2
+#include "training/trainer.h"        // defines: train
+
+/// A pre-trained model and the directory that holds it.
+struct Base {
+  std::string directory;
+  ByteBpe tokenizer;
+  GPT2LMHeadModel model;
+};
+
+namespace base_detail {
+
+/// The small GPT-2 of the run without arguments: about 2 million weights.
+inline GPT2Config small_config(std::int64_t vocab_size) {
+  GPT2Config config;
+  config.vocab_size = vocab_size;
+  config.n_positions = 256;
+  config.n_embd = 192;
+  config.n_layer = 4;
+  config.n_head = 3;
+  return config;
+}
+
+inline ByteBpe load_tokenizer(const std::string& directory) {
+  return ByteBpe(directory + "/vocab.json", directory + "/merges.txt");
+}
+
+inline void copy_tokenizer(const std::string& from, const std::string& to) {
+  for (const auto* const name : {"/vocab.json", "/merges.txt"}) {
+    std::filesystem::copy_file(from + name, to + name, std::filesystem::copy_options::overwrite_existing);
+  }
+}
+
+/// Pre-trains the small GPT-2 on the old domains into `directory`, which appears whole or not at all.
+inline void pretrain(const std::string& directory, const std::string& vocabulary) {
+  constexpr std::size_t kBatch = 16, kPairsOfADomain = 1600;
+  constexpr double kLearningRate = 2e-3;
+  TrainOptions options;
+  options.steps = 1000;
+  options.warmup = 100;
+  options.evaluations = 1;
+  std::cout << "Pre-training a small GPT-2 once, about a minute; it is kept in " << directory << '\n';
+  // The base is everybody's: neither --seed nor --threads changes it.
+  at::manual_seed(1);
+  const int threads = at::get_num_threads();
+  at::set_num_threads(2);
+  const auto tokenizer = load_tokenizer(vocabulary);
+  const auto pairs = old_domain_pairs(kPairsOfADomain);
+  GPT2LMHeadModel model(small_config(tokenizer.vocab_size()));
+  const auto positions = model->config.n_positions;
+  BatchStream stream(encode_or_report(tokenizer, pairs.train, positions, "pre-training pairs"), kBatch, 1);
+  const auto dev = evaluation_batches(encode_or_report(tokenizer, pairs.dev, positions, "old domains"), at::kCPU);
+  torch::optim::AdamW optimizer(model->transformer->parameters(), torch::optim::AdamWOptions(kLearningRate));
+  Progress progress("pre-training", options.steps);
+  const auto report = train(model, optimizer, stream, dev, options, progress);
+  at::set_num_threads(threads);
+  std::cout << "Pre-trained in " << static_cast<int>(report.seconds) << " s on " << report.tokens
+            << " tokens: dev loss of the old domains " << report.dev.back().loss << "\n\n";
+
+  const auto unfinished = directory + ".unfinished-" + std::to_string(getpid());
+  save_gpt2(model, unfinished, tokenizer.end_of_text());
+  copy_tokenizer(vocabulary, unfinished);
+  std::error_code taken;
+  std::filesystem::rename(unfinished, directory, taken);
+  if (taken) std::filesystem::remove_all(unfinished);  // another process was faster, with the same weights
+}
+
+}  // namespace base_detail
+
+/// Writes the model with its tokenizer as a Hugging Face directory, which --model takes.
+inline void save_base(const Base& base, const std::string& directory) {
+  save_gpt2(base.model, directory, base.tokenizer.end_of_text());
+  base_detail::copy_tokenizer(base.directory, directory);
+}
+
+/// The directory of the base: --model, or the small GPT-2, which is pre-trained where it is not there yet.
+inline std::string ensure_base(const Options& options) {
+  if (!options.model.empty()) return options.model;
+  auto directory = beside_program("finetune_gpt2_base");
+  if (!std::filesystem::exists(directory)) base_detail::pretrain(directory, beside_program("small_vocab"));
+  return directory;
+}
+
+/// The base on its device in its dtype, with its tokenizer.
+inline Base open_base(const Options& options) {
+  if (options.device == "cuda" && !at::globalContext().hasCUDA()) {
+    throw std::runtime_error("--device cuda: this LibTorch finds no CUDA device; use --device cpu");
+  }
+  const auto directory = ensure_base(options);
+  Base base{directory, base_detail::load_tokenizer(directory), load_gpt2(directory)};
+  if (base.tokenizer.vocab_size() > base.model->config.vocab_size) {
+    throw FileError(directory, {"vocab.json holds " + std::to_string(base.tokenizer.vocab_size()) +
+                                " tokens, expected at most vocab_size = " +
+                                std::to_string(base.model->config.vocab_size) + " (config.json)"});
+  }
+  const auto dtype = options.dtype == "bfloat16" ? torch::kBFloat16 : torch::kFloat32;
+  base.model->to(torch::Device(options.device), dtype);
+  base.model->eval();
+  return base;
+}

@@ -1,0 +1,182 @@
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/nn/init.h>
+#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/nn/modules/normalization.h>
+#include <torch/nn/pimpl.h>
+#include <torch/types.h>
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+/// Sizes of a GPT-2 under the names of Hugging Face's config.json; the defaults are the 124M model.
+struct GPT2Config {
+  std::int64_t vocab_size = 50257;
+  std::int64_t n_positions = 1024;
+  std::int64_t n_embd = 768;
+  std::int64_t n_layer = 12;
+  std::int64_t n_head = 12;
+  /// Width of the MLP; 0 stands for 4 * n_embd.
+  std::int64_t n_inner = 0;
+  double layer_norm_epsilon = 1e-5;
+  double initializer_range = 0.02;
+
+  std::int64_t inner_size() const { return n_inner > 0 ? n_inner : 4 * n_embd; }
+};
+
+/// Keys and values of the tokens already read, a pair of [batch, head, past, head size] for each layer.
+struct GPT2Cache {
+  std::vector<std::pair<torch::Tensor, torch::Tensor>> layers;
+
+  std::int64_t length() const { return layers.empty() ? 0 : layers.front().first.size(2); }
+};
+
+struct GPT2AttentionImpl : torch::nn::Module {
+  explicit GPT2AttentionImpl(const GPT2Config& config)
+      : c_attn(register_module("c_attn", torch::nn::Linear(config.n_embd, 3 * config.n_embd))),
+        c_proj(register_module("c_proj", torch::nn::Linear(config.n_embd, config.n_embd))),
+        heads_(config.n_head) {}
+
+  /// x: [batch, length, n_embd] to the same shape; `past` is read and extended where it is given.
+  torch::Tensor forward(const torch::Tensor& x, std::pair<torch::Tensor, torch::Tensor>* past) {
+    const auto batch = x.size(0), length = x.size(1), width = x.size(2);
+    auto parts = c_attn(x).view({batch, length, 3, heads_, width / heads_}).permute({2, 0, 3, 1, 4}).unbind(0);
+    auto query = parts[0], key = parts[1], value = parts[2];
+    torch::Tensor mask;
+    if (past != nullptr) {
+      if (past->first.defined()) {
+        key = torch::cat({past->first, key}, 2);
+        value = torch::cat({past->second, value}, 2);
+        // Row i of the new tokens sees the whole past and the new tokens up to itself.
+        mask = torch::ones({length, key.size(2)}, x.options().dtype(torch::kBool)).tril(key.size(2) - length);
+      }
+      *past = {key, value};
+    }
+    auto mixed = mask.defined() ? at::scaled_dot_product_attention(query, key, value, mask)
+                                : at::scaled_dot_product_attention(query, key, value, {}, 0.0, /*is_causal=*/true);
+    return c_proj(mixed.transpose(1, 2).reshape({batch, length, width}));
+  }
+
+  torch::nn::Linear c_attn, c_proj;
+
+ private:
+  std::int64_t heads_;
+};
+TORCH_MODULE(GPT2Attention);
+
+struct GPT2MLPImpl : torch::nn::Module {
+  explicit GPT2MLPImpl(const GPT2Config& config)
+      : c_fc(register_module("c_fc", torch::nn::Linear(config.n_embd, config.inner_size()))),
+        c_proj(register_module("c_proj", torch::nn::Linear(config.inner_size(), config.n_embd))) {}
+
+  torch::Tensor forward(const torch::Tensor& x) { return c_proj(at::gelu(c_fc(x), "tanh")); }
+
+  torch::nn::Linear c_fc, c_proj;
+};
+TORCH_MODULE(GPT2MLP);
+
+struct GPT2BlockImpl : torch::nn::Module {
+  explicit GPT2BlockImpl(const GPT2Config& config)
+      : ln_1(register_module("ln_1", torch::nn::LayerNorm(norm_options(config)))),
+        attn(register_module("attn", GPT2Attention(config))),
+        ln_2(register_module("ln_2", torch::nn::LayerNorm(norm_options(config)))),
+        mlp(register_module("mlp", GPT2MLP(config))) {}
+
+  torch::Tensor forward(const torch::Tensor& x, std::pair<torch::Tensor, torch::Tensor>* past) {
+    const auto attended = x + attn(ln_1(x), past);
+    return attended + mlp(ln_2(attended));
+  }
+
+  static torch::nn::LayerNormOptions norm_options(const GPT2Config& config) {
+    return torch::nn::LayerNormOptions({config.n_embd}).eps(config.layer_norm_epsilon);
+  }
+
+  torch::nn::LayerNorm ln_1;
+  GPT2Attention attn;
+  torch::nn::LayerNorm ln_2;
+  GPT2MLP mlp;
+};
+TORCH_MODULE(GPT2Block);
+
+/// The stack without the head (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+struct GPT2ModelImpl : torch::nn::Module {
+  explicit GPT2ModelImpl(const GPT2Config& config)
+      : wte(register_module("wte", torch::nn::Embedding(config.vocab_size, config.n_embd))),
+        wpe(register_module("wpe", torch::nn::Embedding(config.n_positions, config.n_embd))),
+        h(register_module("h", torch::nn::ModuleList())),
+        ln_f(register_module("ln_f", torch::nn::LayerNorm(GPT2BlockImpl::norm_options(config)))) {
+    for (std::int64_t layer = 0; layer < config.n_layer; ++layer) h->push_back(GPT2Block(config));
+  }
+
+  /// input_ids: [batch, length] to hidden states [batch, length, n_embd].
+  torch::Tensor forward(const torch::Tensor& input_ids, GPT2Cache* cache = nullptr) {
+    const auto past = cache != nullptr ? cache->length() : 0;
+    const auto end = past + input_ids.size(1);
+    TORCH_CHECK_VALUE(end <= wpe->options.num_embeddings(), "[GPT2] found ", end, " tokens, expected at most ",
+                      wpe->options.num_embeddings(), " (n_positions); shorten the input");
+    if (cache != nullptr) cache->layers.resize(h->size());
+    auto x = wte(input_ids) + wpe(torch::arange(past, end, input_ids.options()));
+    for (std::size_t layer = 0; layer < h->size(); ++layer) {
+      x = h->ptr<GPT2BlockImpl>(layer)->forward(x, cache != nullptr ? &cache->layers[layer] : nullptr);
+    }
+    return ln_f(x);
+  }
+
+  torch::nn::Embedding wte, wpe;
+  torch::nn::ModuleList h;
+  torch::nn::LayerNorm ln_f;
+};
+TORCH_MODULE(GPT2Model);
+
+/// A linear layer without bias whose weight is another module's parameter.
+struct TiedLinearImpl : torch::nn::LinearImpl {
+  explicit TiedLinearImpl(const torch::Tensor& shared)
+      : LinearImpl(torch::nn::LinearOptions(shared.size(1), shared.size(0)).bias(false)) {
+    weight = parameters_["weight"] = shared;
+  }
+};
+TORCH_MODULE(TiedLinear);
+
+/// GPT-2 with its language model head, parameter names as Hugging Face's GPT2LMHeadModel; it has no dropout of its own.
+struct GPT2LMHeadModelImpl : torch::nn::Module {
+  explicit GPT2LMHeadModelImpl(const GPT2Config& gpt2_config)
+      : config(gpt2_config), transformer(register_module("transformer", GPT2Model(gpt2_config))) {
+    initialize();
+    lm_head = register_module("lm_head", TiedLinear(transformer->wte->weight));
+  }
+
+  /// input_ids: [batch, length] to logits [batch, length, vocab_size]; padding on the right needs no mask.
+  torch::Tensor forward(const torch::Tensor& input_ids, GPT2Cache* cache = nullptr) {
+    return lm_head(transformer->forward(input_ids, cache));
+  }
+
+  const GPT2Config config;
+  GPT2Model transformer;
+  TiedLinear lm_head{nullptr};
+
+ private:
+  void initialize() {
+    torch::NoGradGuard no_grad;
+    for (auto& parameter : named_parameters()) {
+      const auto& name = parameter.key();
+      const auto ends_with = [&](const std::string& suffix) {
+        return name.size() >= suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
+      };
+      if (name.find("ln_") != std::string::npos) continue;
+      if (ends_with(".bias")) {
+        torch::nn::init::zeros_(parameter.value());
+      } else {
+        // Two residual branches a layer: their sum keeps its variance by this factor (GPT-2, section 2.3).
+        const double residual = ends_with("c_proj.weight") ? std::sqrt(2.0 * static_cast<double>(config.n_layer)) : 1.0;
+        torch::nn::init::normal_(parameter.value(), 0.0, config.initializer_range / residual);
+      }
+    }
+  }
+};
+TORCH_MODULE(GPT2LMHeadModel);

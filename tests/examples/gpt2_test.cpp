@@ -1,0 +1,206 @@
+#include "examples/models/gpt2.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <lora/io/safetensors.h>
+
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "examples/models/gpt2_checkpoint.h"
+#include "examples/models/greedy.h"
+#include "harness/temp_folder.h"
+
+namespace {
+
+using testing::AllOf;
+using testing::Contains;
+using testing::HasSubstr;
+
+const std::string kGolden = LORA_SOURCE_DIR "/tests/golden/gpt2";
+
+GPT2Config small_config() {
+  GPT2Config config;
+  config.vocab_size = 50;
+  config.n_positions = 32;
+  config.n_embd = 24;
+  config.n_layer = 2;
+  config.n_head = 3;
+  config.n_inner = 40;
+  return config;
+}
+
+std::map<std::string, at::Tensor> golden_tensors() {
+  return lora::load_safetensors(kGolden + "/model/model.safetensors");
+}
+
+std::string error_of(const std::string& directory) {
+  try {
+    load_gpt2(directory);
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+/// A folder with the golden checkpoint, to be changed.
+struct Checkpoint {
+  Checkpoint() { std::filesystem::copy(kGolden + "/model", folder.path()); }
+  std::string save(const std::map<std::string, at::Tensor>& tensors) const {
+    lora::save_safetensors(tensors, folder / "model.safetensors");
+    return error_of(folder.path().string());
+  }
+  std::string set(const std::string& field, const nlohmann::json& value) const {
+    auto json = nlohmann::json::parse(read_bytes(kGolden + "/model/config.json"));
+    json[field] = value;
+    write_bytes(folder / "config.json", json.dump());
+    return error_of(folder.path().string());
+  }
+  TempFolder folder;
+};
+
+TEST(GPT2, HasTheLogitsOfTransformers) {
+  at::NoGradGuard no_grad;
+  const auto expected = lora::load_safetensors(kGolden + "/expected.safetensors");
+  auto model = load_gpt2(kGolden + "/model");
+  const auto& logits = expected.at("logits_base");
+  const auto difference = (model->forward(expected.at("ids")) - logits).abs().max().item<double>();
+  EXPECT_LE(difference, 1e-5 * logits.abs().max().item<double>());
+}
+
+TEST(GPT2, HasTheNamesOfHuggingFace) {
+  const GPT2LMHeadModel model(small_config());
+  std::vector<std::string> names;
+  for (const auto& parameter : model->named_parameters()) names.push_back(parameter.key());
+  for (const auto* const name :
+       {"transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.ln_1.weight",
+        "transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_attn.bias", "transformer.h.1.attn.c_proj.weight",
+        "transformer.h.1.ln_2.bias", "transformer.h.1.mlp.c_fc.weight", "transformer.h.1.mlp.c_proj.bias",
+        "transformer.ln_f.weight", "lm_head.weight"}) {
+    EXPECT_THAT(names, Contains(name));
+  }
+  EXPECT_EQ(names.size(), 2U + 2U * 12U + 2U + 1U);
+  EXPECT_TRUE(model->lm_head->weight.is_same(model->transformer->wte->weight));
+  EXPECT_TRUE(model->named_parameters()["lm_head.weight"].is_same(model->transformer->wte->weight));
+}
+
+TEST(GPT2, StaysTiedWhenItIsMovedToADtype) {
+  GPT2LMHeadModel model(small_config());
+  model->to(at::kBFloat16);
+  EXPECT_EQ(model->lm_head->weight.scalar_type(), at::kBFloat16);
+  EXPECT_TRUE(model->lm_head->weight.is_same(model->transformer->wte->weight));
+}
+
+TEST(GPT2, ReadsThroughItsCacheWhatItReadsAtOnce) {
+  at::NoGradGuard no_grad;
+  GPT2LMHeadModel model(small_config());
+  const auto ids = at::randint(50, {2, 12}, at::kLong);
+  const auto logits = model->forward(ids);
+  GPT2Cache cache;
+  const auto first = model->forward(ids.narrow(1, 0, 5), &cache);
+  const auto middle = model->forward(ids.narrow(1, 5, 6), &cache);
+  const auto last = model->forward(ids.narrow(1, 11, 1), &cache);
+  EXPECT_EQ(cache.length(), 12);
+  EXPECT_TRUE(at::allclose(at::cat({first, middle, last}, 1), logits, 1e-4, 1e-5));
+}
+
+TEST(GPT2, IgnoresWhatStandsOnTheRight) {
+  at::NoGradGuard no_grad;
+  GPT2LMHeadModel model(small_config());
+  auto ids = at::randint(50, {1, 9}, at::kLong);
+  const auto logits = model->forward(ids).narrow(1, 0, 6);
+  ids.narrow(1, 6, 3).fill_(0);
+  EXPECT_TRUE(at::allclose(model->forward(ids).narrow(1, 0, 6), logits, 1e-5, 1e-6));
+}
+
+TEST(GPT2, RefusesMoreTokensThanPositions) {
+  GPT2LMHeadModel model(small_config());
+  EXPECT_THROW(model->forward(at::zeros({1, 33}, at::kLong)), c10::ValueError);
+}
+
+TEST(GPT2, WritesGreedilyUpToItsLastPosition) {
+  GPT2LMHeadModel model(small_config());
+  model->eval();
+  EXPECT_EQ(greedy(model, {1, 2, 3}, /*end=*/-1, 100).size(), 29U);
+  EXPECT_EQ(greedy(model, {1, 2, 3}, /*end=*/-1, 4).size(), 4U);
+  at::NoGradGuard no_grad;
+  std::vector<std::int64_t> tokens = {1, 2, 3};
+  for (const auto token : greedy(model, tokens, -1, 4)) {
+    EXPECT_EQ(
+        token,
+        model->forward(torch::tensor(tokens, at::kLong).unsqueeze(0)).select(1, -1).argmax().item<std::int64_t>());
+    tokens.push_back(token);
+  }
+}
+
+TEST(GPT2Checkpoint, IsBitwiseWhatWasSaved) {
+  const TempFolder folder;
+  GPT2LMHeadModel model(small_config());
+  save_gpt2(model, folder / "model", 0);
+  const auto loaded = load_gpt2(folder / "model");
+  EXPECT_EQ(loaded->config.n_inner, 40);
+  const auto parameters = loaded->named_parameters();
+  for (const auto& parameter : model->named_parameters()) {
+    EXPECT_TRUE(at::equal(parameters[parameter.key()], parameter.value())) << parameter.key();
+  }
+}
+
+TEST(GPT2Checkpoint, TakesNamesWithoutPrefixAndOldBuffers) {
+  const Checkpoint checkpoint;
+  std::map<std::string, at::Tensor> tensors;
+  for (const auto& [name, tensor] : golden_tensors()) tensors[name.substr(std::string("transformer.").size())] = tensor;
+  tensors["h.0.attn.bias"] = at::ones({1, 1, 64, 64});
+  tensors["h.0.attn.masked_bias"] = at::full({}, -1e4);
+  tensors["lm_head.weight"] = tensors["wte.weight"];
+  EXPECT_EQ(checkpoint.save(tensors), "no error");
+}
+
+TEST(GPT2Checkpoint, ListsEveryTensorThatDoesNotFit) {
+  const Checkpoint checkpoint;
+  auto tensors = golden_tensors();
+  tensors.erase("transformer.ln_f.bias");
+  tensors["transformer.h.0.mlp.c_fc.weight"] = at::zeros({128, 32});
+  tensors["transformer.wpe.weight"] = at::zeros({64, 32}, at::kLong);
+  tensors["transformer.h.7.ln_1.weight"] = at::zeros({32});
+  EXPECT_THAT(checkpoint.save(tensors),
+              AllOf(HasSubstr("no transformer.ln_f.bias"),
+                    HasSubstr("c_fc.weight of float [128, 32], expected numbers of shape [32, 128]"),
+                    HasSubstr("found transformer.wpe.weight"), HasSubstr("unexpected transformer.h.7.ln_1.weight")));
+}
+
+TEST(GPT2Checkpoint, RefusesAHeadOfItsOwn) {
+  const Checkpoint checkpoint;
+  auto tensors = golden_tensors();
+  tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1;
+  EXPECT_THAT(checkpoint.save(tensors), HasSubstr("expected a tied head"));
+}
+
+TEST(GPT2Checkpoint, RefusesAConfigurationThatItDoesNotCompute) {
+  const Checkpoint checkpoint;
+  EXPECT_THAT(checkpoint.set("activation_function", "relu"),
+              HasSubstr("activation_function = \"relu\", expected \"gelu_new\""));
+  EXPECT_THAT(checkpoint.set("model_type", "llama"), HasSubstr("model_type"));
+  EXPECT_THAT(checkpoint.set("n_head", 5), HasSubstr("n_embd = 32, expected a multiple of n_head = 5"));
+  EXPECT_THAT(checkpoint.set("n_head", 0), HasSubstr("n_head = 0, expected 1 to"));
+  EXPECT_THAT(checkpoint.set("n_layer", "two"), HasSubstr("n_layer = \"two\""));
+  EXPECT_THAT(checkpoint.set("n_layer", 10'000'000), HasSubstr("expected n_layer = 10000000 layers"));
+  EXPECT_THAT(checkpoint.set("vocab_size", nullptr), HasSubstr("vocab_size"));
+  EXPECT_THAT(checkpoint.set("layer_norm_epsilon", 0), HasSubstr("layer_norm_epsilon"));
+}
+
+TEST(GPT2Checkpoint, RefusesATruncatedFile) {
+  const Checkpoint checkpoint;
+  const auto bytes = read_bytes(kGolden + "/model/model.safetensors");
+  for (const auto size : {std::size_t{0}, std::size_t{4}, std::size_t{100}, bytes.size() - 1}) {
+    write_bytes(checkpoint.folder / "model.safetensors", bytes.substr(0, size));
+    EXPECT_THAT(error_of(checkpoint.folder.path().string()), HasSubstr("model.safetensors")) << size;
+  }
+  std::filesystem::remove(checkpoint.folder / "model.safetensors");
+  EXPECT_THAT(error_of(checkpoint.folder.path().string()), HasSubstr("model.safetensors"));
+}
+
+}  // namespace

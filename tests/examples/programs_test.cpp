@@ -1,0 +1,213 @@
+// The example programs as their users run them: exit codes, output and files.
+#include <ATen/Context.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "examples/models/gpt2_checkpoint.h"
+#include "harness/temp_folder.h"
+
+namespace {
+
+using testing::HasSubstr;
+using testing::Not;
+using testing::StartsWith;
+
+const std::set<std::string> kFigures = {
+    "trainable_parameters",  "total_parameters",  "dev_loss_before",   "dev_loss_after", "old_domain_loss_before",
+    "old_domain_loss_after", "tokens_per_second", "peak_memory_bytes", "adapter_bytes",  "merged_max_abs_difference"};
+
+struct Outcome {
+  int exit_code;
+  std::string output, errors;
+};
+
+/// A tiny untrained GPT-2 and a few pairs, so that a run takes a second.
+class Programs : public testing::Test {
+ protected:
+  void SetUp() override {
+    const std::string vocabulary = LORA_SOURCE_DIR "/examples/text/small_vocab";
+    torch::manual_seed(5);
+    GPT2Config config;
+    config.vocab_size = 1024;
+    config.n_positions = 160;
+    config.n_embd = 16;
+    config.n_layer = 2;
+    config.n_head = 2;
+    save_gpt2(GPT2LMHeadModel(config), folder / "base", 0);
+    for (const auto* const name : {"/vocab.json", "/merges.txt"})
+      std::filesystem::copy_file(vocabulary + name, (folder / "base") + name);
+    write_bytes(folder / "train.txt", run(GENERATE_PAIRS " --count 12 --seed 1").output);
+    write_bytes(folder / "dev.txt", run(GENERATE_PAIRS " --count 6 --seed 2").output);
+    finetune = FINETUNE_GPT2 " --threads 1 --batch-size 4 --data train.txt --dev dev.txt ";
+    base = "--model base ";
+    steps = "--steps 3 ";
+    adapter = "--output adapter ";
+    usual = finetune + base + steps + adapter;
+  }
+
+  Outcome run(const std::string& command) const {
+    const auto status = std::system(
+        ("cd " + folder.path().string() + " && " + command + " >output.txt 2>errors.txt").c_str());  // NOLINT
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_bytes(folder / "output.txt"),
+            read_bytes(folder / "errors.txt")};
+  }
+
+  /// The run ends with exit code 2 and one line that says `why`.
+  void expect_error(const std::string& command, const std::string& why) const {
+    const auto outcome = run(command);
+    EXPECT_EQ(outcome.exit_code, 2) << command << "\n" << outcome.output;
+    EXPECT_THAT(outcome.errors, StartsWith("error: ")) << command;
+    EXPECT_THAT(outcome.errors, HasSubstr(why)) << command;
+    EXPECT_EQ(outcome.errors.find('\n'), outcome.errors.size() - 1) << command;
+  }
+
+  nlohmann::json json(const std::string& name) const { return nlohmann::json::parse(read_bytes(folder / name)); }
+
+  TempFolder folder;
+  std::string finetune, base, steps, adapter, usual;
+};
+
+TEST_F(Programs, HelpExplainsEveryFlag) {
+  const auto outcome = run(FINETUNE_GPT2 " --help");
+  EXPECT_EQ(outcome.exit_code, 0);
+  for (const auto* const flag :
+       {"--model",      "--data",    "--dev",     "--output",          "--method", "--rank",    "--alpha",
+        "--dropout",    "--targets", "--lr",      "--lora-plus-ratio", "--warmup", "--steps",   "--epochs",
+        "--batch-size", "--seed",    "--threads", "--dtype",           "--device", "--compare", "--json"}) {
+    EXPECT_THAT(outcome.output, testing::ContainsRegex(std::string(flag) + "[ ,][^\n]*\n? +[a-zA-Z]")) << flag;
+  }
+}
+
+TEST_F(Programs, ABadFlagIsOneLineAndExitCodeTwo) {
+  expect_error(FINETUNE_GPT2 " --bogus", "--bogus");
+  expect_error(FINETUNE_GPT2 " stray", "stray");
+  expect_error(FINETUNE_GPT2 " --rank 0", "--rank: found 0");
+  expect_error(FINETUNE_GPT2 " --rank", "--rank");
+  expect_error(FINETUNE_GPT2 " --dropout 1.5", "--dropout: found 1.5");
+  expect_error(FINETUNE_GPT2 " --lr nan", "--lr: found nan");
+  expect_error(FINETUNE_GPT2 " --seed -1", "--seed: found -1");
+  expect_error(FINETUNE_GPT2 " --steps 10 --epochs 1", "--epochs");
+  expect_error(FINETUNE_GPT2 " --compare --lr 1e-3", "--compare");
+  expect_error(FINETUNE_GPT2 " --method lorax", "--method");
+  expect_error(FINETUNE_GPT2 " --dtype float8", "--dtype");
+  expect_error(FINETUNE_GPT2 " --data train.txt", "--dev");
+  expect_error(GENERATE_PAIRS " --domains none", "--domains");
+}
+
+TEST_F(Programs, AMissingOrBrokenFileIsOneLineAndExitCodeTwo) {
+  expect_error(FINETUNE_GPT2 " --model missing", "missing/vocab.json: can't be read");
+  expect_error(FINETUNE_GPT2 " --model base --data train.txt --dev missing.txt", "missing.txt");
+  expect_error(usual + "--json none/figures.json", "none/figures.json");
+  write_bytes(folder / "broken.txt", "name : A||fine\nno bars\n");
+  expect_error(FINETUNE_GPT2 " --model base --dev dev.txt --data broken.txt", "broken.txt: line 2: found no '||'");
+  const auto weights = read_bytes(folder / "base/model.safetensors");
+  write_bytes(folder / "base/model.safetensors", weights.substr(0, weights.size() / 2));
+  expect_error(usual, "model.safetensors");
+  write_bytes(folder / "base/model.safetensors", weights);
+  write_bytes(folder / "base/config.json", "{\"model_type\": \"gpt2\"");
+  expect_error(usual, "config.json");
+}
+
+TEST_F(Programs, ATargetThatMatchesNothingIsAnError) { expect_error(usual + "--targets c_atn", "c_atn"); }
+
+TEST_F(Programs, NoCudaIsAnError) {
+  if (!at::globalContext().hasCUDA())
+    expect_error(usual + "--device cuda", "--device cuda: this LibTorch finds no CUDA device");
+}
+
+TEST_F(Programs, ARunWritesItsFiguresTextsAndAdapter) {
+  const auto outcome = run(usual + "--json figures.json --dropout 0.1");
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+  for (const auto* const part : {"transformer.h.*.attn.c_attn[q,v]", "dev loss, new domain", "perplexity", "tokens/s",
+                                 "s left", "before", "after", "merged", "loss curve"}) {
+    EXPECT_THAT(outcome.output, HasSubstr(part));
+  }
+  const auto figures = json("figures.json");
+  for (const auto& key : kFigures) EXPECT_TRUE(figures.contains(key) && figures[key].is_number()) << key;
+  EXPECT_EQ(figures["trainable_parameters"], 2 * 4 * 8 * 16);
+  EXPECT_LT(figures["dev_loss_after"], figures["dev_loss_before"]);
+  EXPECT_LT(figures["merged_max_abs_difference"], 1e-4);
+  EXPECT_EQ(figures["adapter_bytes"], std::filesystem::file_size(folder / "adapter/adapter_model.safetensors"));
+  EXPECT_TRUE(std::filesystem::exists(folder / "adapter/adapter_config.json"));
+  EXPECT_TRUE(std::filesystem::exists(folder / "adapter/loss_curve.svg"));
+}
+
+TEST_F(Programs, TheSameSeedAndThreadsGiveTheSameFigures) {
+  const auto figures = [&](const std::string& flags) {
+    const auto outcome = run(usual + "--dropout 0.1 --json figures.json " + flags);
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+    auto numbers = json("figures.json");
+    for (const auto* const measured : {"tokens_per_second", "seconds", "peak_memory_bytes"}) numbers.erase(measured);
+    return numbers;
+  };
+  const auto first = figures("--seed 4");
+  EXPECT_EQ(figures("--seed 4"), first);
+  EXPECT_NE(figures("--seed 5")["dev_loss_after"], first["dev_loss_after"]);
+}
+
+TEST_F(Programs, EveryMethodAndDtypeRuns) {
+  for (const auto& flags :
+       {steps + adapter + "--method lora+ --lora-plus-ratio 4", steps + "--method full --output full",
+        steps + adapter + "--dtype bfloat16", steps + adapter + "--targets all-linear",
+        adapter + "--epochs 2 --targets c_attn c_proj --rank 2 --alpha 5 --warmup 1"}) {
+    const auto outcome = run(finetune + base + flags);
+    EXPECT_EQ(outcome.exit_code, 0) << flags << "\n" << outcome.errors;
+  }
+  // What full fine-tuning saved is a base of its own.
+  EXPECT_EQ(run(finetune + steps + adapter + "--model full").exit_code, 0);
+}
+
+TEST_F(Programs, ADivergedRunHasAnExitCodeOfItsOwn) {
+  const auto outcome = run(finetune + base + adapter + "--method full --lr 1e30 --steps 8 --warmup 0");
+  EXPECT_EQ(outcome.exit_code, 3) << outcome.output;
+  EXPECT_THAT(outcome.errors, StartsWith("error: the loss is not finite at step "));
+}
+
+TEST_F(Programs, ACompareTableComesFromTheSameGridForAll) {
+  const auto outcome = run(finetune + base + "--steps 2 --compare --json compare.json");
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+  EXPECT_THAT(outcome.output, HasSubstr("100.0 %"));
+  const auto runs = json("compare.json")["runs"];
+  ASSERT_EQ(runs.size(), 3U * 5U * 3U);
+  std::set<double> rates;
+  std::set<std::string> methods;
+  std::set<int> seeds;
+  for (const auto& one : runs) {
+    for (const auto& key : kFigures) EXPECT_TRUE(one.contains(key) && one[key].is_number()) << key;
+    rates.insert(one["learning_rate"].get<double>());
+    methods.insert(one["method"].get<std::string>());
+    seeds.insert(one["seed"].get<int>());
+  }
+  EXPECT_EQ(rates.size(), 5U);
+  EXPECT_EQ(methods, (std::set<std::string>{"lora", "lora+", "full"}));
+  EXPECT_EQ(seeds, (std::set<int>{1, 2, 3}));
+}
+
+TEST_F(Programs, QuickstartLearnsMergesAndSaves) {
+  const auto outcome = run(QUICKSTART);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+  const auto number_after = [&](const std::string& label) {
+    const auto at = outcome.output.find(label);
+    EXPECT_NE(at, std::string::npos) << label;
+    return std::stod(outcome.output.substr(at + label.size()));
+  };
+  EXPECT_LT(number_after("adapted, sin(x + 1): "), 0.01);
+  EXPECT_NEAR(number_after("merged, sin(0.5 + 1): "), 0.9975, 0.1);
+  EXPECT_TRUE(std::filesystem::exists(folder / "quickstart_adapter/adapter_model.safetensors"));
+}
+
+TEST_F(Programs, TheReadmeHoldsTheQuickstart) {
+  const auto program = read_bytes(LORA_SOURCE_DIR "/examples/quickstart.cpp");
+  EXPECT_THAT(read_bytes(LORA_SOURCE_DIR "/README.md"), HasSubstr("```cpp\n" + program + "```\n"));
+  EXPECT_EQ(std::count(program.begin(), program.end(), '\n'), 40);
+}
+
+}  // namespace
