@@ -31,6 +31,7 @@ int main(int argc, char** argv) {
   lora::load(net, folder);
   const bool same = torch::equal(net.fc->forward(x), adapted);
   std::filesystem::remove_all(folder);
-  std::printf("lora %d.%d.%d: %s\n", LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH, same ? "same" : "different");
+  std::printf("lora %d.%d.%d: %s\n", LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH,
+              same ? "same" : "different");
   return same ? 0 : 1;
 }

@@ -1,0 +1,60 @@
+// Regular expressions of Python's dialect: the same meaning or an error.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include <lora/detail/python_regex.h>
+
+namespace {
+
+using lora::detail::PythonRegex;
+using ::testing::HasSubstr;
+using ::testing::ThrowsMessage;
+
+struct Row {
+  std::string pattern, text;
+  bool matches;  // Python 3.11: re.fullmatch(pattern, text) is not None
+};
+
+TEST(PythonRegex, MatchesAsPythonDoes) {
+  for (const auto& row : {Row{"q_proj", "q_proj", true},
+                          {"q_proj", "x.q_proj", false},
+                          {"a|ab", "ab", true},
+                          {R"(.*\.(q|v)_proj)", "layers.0.v_proj", true},
+                          {R"(.*\.(?:q|v)_proj)", "layers.0.k_proj", false},
+                          {R"(h\.\d+\.mlp)", "h.12.mlp", true},
+                          {R"(h\.[^1]\.mlp)", "h.1.mlp", false},
+                          {R"(h\.(?!1\.)\d+\.mlp)", "h.1.mlp", false},
+                          {R"(h\.(?!1\.)\d+\.mlp)", "h.11.mlp", true},
+                          {R"((?=h).*)", "h.1", true},
+                          {"a{2}", "aa", true},
+                          {"a{,2}", "aa", true},
+                          {"a{,2}", "aaa", false},
+                          {"a{1,}?b", "aaab", true},
+                          {R"(\w+\b\.x)", "ab.x", true},
+                          {R"([\w.]+)", "a.b_c", true},
+                          {R"(a\{)", "a{", true},
+                          {"^a$", "a", true},
+                          {"", "", true},
+                          {"", "a", false}}) {
+    EXPECT_EQ(PythonRegex(row.pattern).fullmatch(row.text), row.matches) << row.pattern << " on " << row.text;
+  }
+}
+
+TEST(PythonRegex, RefusesWhatItWouldReadDifferently) {
+  for (const std::string pattern :
+       {R"((?<=a)b)", R"((?<!a)b)", "(?P<n>a)", "(?i)a", "(?>a)", "a*+", "a++", "a{2}+", R"(\Aa)", R"(a\Z)", R"((a)\1)",
+        R"(\0)", "[[:alpha:]]", "[]a]", "a{", "a{x}", R"(\ua)", "a\\", R"(\pL)", R"([\b])"}) {
+    EXPECT_THAT([&] { PythonRegex{pattern}; }, ThrowsMessage<c10::ValueError>(HasSubstr("[lora::regex] found ")))
+        << pattern;
+  }
+}
+
+TEST(PythonRegex, NamesAnInvalidPattern) {
+  for (const std::string pattern : {"(a", "a)", "[a", "*a", "(?:"}) {
+    EXPECT_THAT([&] { PythonRegex{pattern}; }, ThrowsMessage<c10::ValueError>(HasSubstr(pattern))) << pattern;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,248 @@
+// Small TorchScript models, one for each way in which a script multiplies with a weight, and their dense oracle.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <lora/adapters.h>
+
+#include "harness/values.h"
+
+namespace harness {
+
+/// The rows of a slot from `row` on that one pair A, B acts on; "*" in `tensors` stands for the adapter's name.
+struct ScriptRows {
+  std::string tensors;    // "body.up.lora_*"
+  std::string module;     // "body.up"; empty: the root
+  std::string attribute;  // "weight"
+  int64_t row = 0;
+  bool transposed = false;  // the slot holds [in, out]
+};
+
+struct ScriptCase {
+  std::string name;
+  std::function<torch::jit::Module()> make;  // in float64, the same values every time
+  std::vector<int64_t> input;
+  lora::TargetModules targets;
+  std::vector<std::string> sites;  // as the report names them, in order
+  std::vector<ScriptRows> rows;
+};
+
+inline void PrintTo(const ScriptCase& script, std::ostream* out) { *out << script.name; }
+inline std::string script_case_name(const ::testing::TestParamInfo<ScriptCase>& info) { return info.param.name; }
+
+inline void add_parameter(torch::jit::Module& module, const std::string& name, at::IntArrayRef sizes, uint64_t seed) {
+  module.register_parameter(name, (normal(sizes, seed) * 0.4).requires_grad_(true), /*is_buffer=*/false);
+}
+
+inline torch::jit::Module script_linear(int64_t in, int64_t out, bool bias, uint64_t seed) {
+  torch::jit::Module linear("Linear");
+  add_parameter(linear, "weight", {out, in}, seed);
+  if (bias) add_parameter(linear, "bias", {out}, seed + 1);
+  linear.register_attribute("training", c10::BoolType::get(), true);
+  linear.define(bias ? "def forward(self, x):\n  return torch.linear(x, self.weight, self.bias)\n"
+                     : "def forward(self, x):\n  return torch.linear(x, self.weight)\n");
+  return linear;
+}
+
+/// Linear layers below a submodule, with a dropout of the model's own that is off in eval.
+inline torch::jit::Module script_layers() {
+  torch::jit::Module body("Body");
+  body.register_module("up", script_linear(12, 20, true, 1));
+  body.register_module("down", script_linear(20, 8, false, 3));
+  body.register_attribute("training", c10::BoolType::get(), true);
+  body.define("def forward(self, x):\n  return self.down.forward(torch.tanh(self.up.forward(x)))\n");
+  torch::jit::Module root("Root");
+  root.register_module("body", body);
+  add_parameter(root, "scale", {8}, 5);
+  root.register_attribute("training", c10::BoolType::get(), true);
+  root.define("def forward(self, x):\n  return self.body.forward(x) * self.scale\n");
+  return root;
+}
+
+/// One Linear under two names, run twice.
+inline torch::jit::Module script_twice() {
+  const auto linear = script_linear(12, 9, true, 11);
+  torch::jit::Module root("Root");
+  root.register_module("first", linear);
+  root.register_module("again", linear);
+  root.define("def forward(self, x):\n  return self.first.forward(x) + torch.tanh(self.again.forward(x * 0.5))\n");
+  return root;
+}
+
+/// A forward that reads its child's weight by itself.
+inline torch::jit::Module script_functional() {
+  torch::jit::Module child("Weights");
+  add_parameter(child, "weight", {9, 12}, 21);
+  torch::jit::Module root("Root");
+  root.register_module("child", child);
+  root.define("def forward(self, x):\n  return torch.tanh(torch.linear(x, self.child.weight))\n");
+  return root;
+}
+
+/// Products by matmul, mm and addmm with weights held either way, one of them in a method that gets it as an argument.
+inline torch::jit::Module script_products() {
+  torch::jit::Module root("Root");
+  add_parameter(root, "turned", {10, 12}, 31);
+  add_parameter(root, "straight", {10, 7}, 32);
+  add_parameter(root, "conv1d", {7, 6}, 33);
+  add_parameter(root, "passed", {5, 6}, 34);
+  add_parameter(root, "bias", {6}, 35);
+  root.define(R"(
+def project(self, x, w):
+  return torch.matmul(x, w.transpose(0, 1))
+def forward(self, x):
+  h = torch.tanh(torch.matmul(x, self.turned.t()))
+  h = torch.tanh(torch.mm(h, self.straight))
+  return self.project(torch.tanh(torch.addmm(self.bias, h, self.conv1d)), self.passed)
+)");
+  return root;
+}
+
+/// A fused projection used as a whole and in slices.
+inline torch::jit::Module script_fused() {
+  torch::jit::Module root("Root");
+  add_parameter(root, "in_proj_weight", {30, 12}, 41);
+  root.define(R"(
+def forward(self, x):
+  q, k, v = torch.chunk(torch.linear(x, self.in_proj_weight), 3, -1)
+  again = torch.linear(x, self.in_proj_weight[10:20])
+  return torch.tanh(q) * k + v * again
+)");
+  return root;
+}
+
+inline const std::vector<ScriptCase>& script_cases() {
+  static const std::vector<ScriptCase> cases{
+      {"Layers", &script_layers, {5, 12}, {"up", "body.down"}, {"body.up", "body.down"},
+       {{"body.up.lora_*", "body.up", "weight"}, {"body.down.lora_*", "body.down", "weight"}}},
+      {"LayersOf3dInput", &script_layers, {2, 3, 12}, "all-linear", {"body.up", "body.down"},
+       {{"body.up.lora_*", "body.up", "weight"}, {"body.down.lora_*", "body.down", "weight"}}},
+      {"Twice", &script_twice, {4, 12}, {"again"}, {"first"}, {{"first.lora_*", "first", "weight"}}},
+      {"Functional", &script_functional, {4, 12}, {"child"}, {"child"}, {{"child.lora_*", "child", "weight"}}},
+      {"Products", &script_products, {4, 12}, "all-linear", {"turned", "straight", "conv1d", "passed"},
+       {{"lora_*.turned", "", "turned"}, {"lora_*.straight", "", "straight", 0, true},
+        {"lora_*.conv1d", "", "conv1d", 0, true}, {"lora_*.passed", "", "passed"}}},
+      {"FusedParts", &script_fused, {4, 12}, {"in_proj_weight[q,v]"}, {"in_proj_weight"},
+       {{"lora_*.q", "", "in_proj_weight", 0}, {"lora_*.v", "", "in_proj_weight", 20}}},
+      {"PartsOfColumns", &script_products, {4, 12}, {"conv1d[q,v]"}, {"conv1d"},
+       {{"lora_*.q", "", "conv1d", 0, true}, {"lora_*.v", "", "conv1d", 4, true}}},
+  };
+  return cases;
+}
+
+inline torch::jit::Module submodule(torch::jit::Module module, const std::string& path) {
+  for (size_t begin = 0; begin < path.size();) {
+    const auto dot = std::min(path.find('.', begin), path.size());
+    module = module.attr(path.substr(begin, dot - begin)).toModule();
+    begin = dot + 1;
+  }
+  return module;
+}
+
+inline at::Tensor run(torch::jit::Module& module, const at::Tensor& x) { return module.forward({x}).toTensor(); }
+
+/// Lets the executor profile and optimise the model, with and without gradient.
+inline void warm_up(torch::jit::Module& module, const at::Tensor& x) {
+  for (const bool with_grad : {true, false}) {
+    for (int i = 0; i < 4; ++i) {
+      const auto y = run(module, x.detach().requires_grad_(with_grad));
+      if (y.requires_grad()) y.sum().backward();
+    }
+  }
+  for (const auto& parameter : module.parameters()) parameter.mutable_grad() = at::Tensor();
+}
+
+/// Whether the executor of the model's forward has an optimised plan.
+inline bool is_optimised(const torch::jit::Module& module) {
+  try {
+    torch::jit::toGraphFunction(module.get_method("forward").function()).getDebugState();
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
+/// What a model's owner may notice of its parameters: the tensor, its flag and its bytes.
+inline std::map<std::string, std::string> script_state(const torch::jit::Module& module) {
+  std::map<std::string, std::string> state;
+  for (const auto& named : module.named_parameters()) {
+    state[named.name] = std::to_string(reinterpret_cast<uintptr_t>(named.value.unsafeGetTensorImpl())) + "|" +
+                        std::to_string(named.value.requires_grad()) + "|" + c10::toString(named.value.scalar_type()) +
+                        "|" + bytes_of(named.value);
+  }
+  return state;
+}
+
+/// A twin of the model whose slots hold W0 + Σ s·B·A, for the executor an unknown model that is not optimised.
+class ScriptOracle {
+ public:
+  ScriptOracle(const ScriptCase& script, const lora::Adapters& adapters,
+               const std::vector<std::pair<std::string, double>>& scalings)
+      : module_(script.make()) {
+    const at::NoGradGuard no_grad;
+    for (const auto& parameter : module_.parameters()) parameter.set_requires_grad(false);
+    for (const auto& [adapter, scaling] : scalings) {
+      std::map<std::string, at::Tensor> tensors;
+      for (const auto& [name, tensor] : adapters.named_tensors(adapter)) tensors[name] = tensor;
+      for (const auto& rows : script.rows) {
+        auto path = rows.tensors;
+        path.replace(path.find('*'), 1, adapter);
+        if (tensors.count(path + ".lora_A") == 0) continue;  // this adapter has other targets
+        const Pair pair{path, rows, tensors[path + ".lora_A"].detach().clone(),
+                        tensors[path + ".lora_B"].detach().clone(), scaling};
+        block(slot(rows), rows, pair.B.size(0)).add_(at::mm(pair.B, pair.A), scaling);
+        pairs_.push_back(pair);
+      }
+    }
+  }
+
+  at::Tensor forward(const at::Tensor& x) { return run(module_, x.detach()).detach(); }
+
+  /// Gradients of (y·g).sum() by x ("x") and by every A and B.
+  std::map<std::string, at::Tensor> gradients(const at::Tensor& x, const at::Tensor& g) {
+    std::vector<at::Tensor> inputs{x.detach().clone().requires_grad_(true)};
+    for (const auto& pair : pairs_) inputs.push_back(slot(pair.rows).requires_grad_(true));
+    const auto found = torch::autograd::grad({run(module_, inputs[0])}, inputs, {g});
+    std::map<std::string, at::Tensor> result{{"x", found[0]}};
+    for (size_t i = 0; i < pairs_.size(); ++i) {
+      const auto& pair = pairs_[i];
+      const auto dW = block(found[i + 1], pair.rows, pair.B.size(0));
+      result[pair.path + ".lora_A"] = pair.scaling * at::mm(pair.B.t(), dW);
+      result[pair.path + ".lora_B"] = pair.scaling * at::mm(dW, pair.A.t());
+    }
+    return result;
+  }
+
+ private:
+  struct Pair {
+    std::string path;
+    ScriptRows rows;
+    at::Tensor A, B;
+    double scaling;
+  };
+
+  at::Tensor slot(const ScriptRows& rows) const {
+    return submodule(module_, rows.module).attr(rows.attribute).toTensor();
+  }
+
+  static at::Tensor block(const at::Tensor& slot, const ScriptRows& rows, int64_t count) {
+    return (rows.transposed ? slot.t() : slot).narrow(0, rows.row, count);
+  }
+
+  torch::jit::Module module_;
+  std::vector<Pair> pairs_;
+};
+
+}  // namespace harness

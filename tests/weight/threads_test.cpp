@@ -1,0 +1,197 @@
+// Forwards on several threads, and changes that come in between.
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <lora/lora.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <condition_variable>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "harness/models.h"
+#include "harness/values.h"
+
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::ThrowsMessage;
+
+lora::LoraConfig config() { return lora::LoraConfig().r(2).lora_alpha(3).target_modules({"up", "down"}); }
+
+/// Runs `work(thread)` on four threads at once.
+void on_four_threads(const std::function<void(size_t)>& work) {
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < 4; ++i) threads.emplace_back(work, i);
+  for (auto& thread : threads) thread.join();
+}
+
+std::vector<at::Tensor> forward_and_gradients(Mlp model, const std::vector<at::Tensor>& parameters, size_t seed) {
+  const auto x = harness::normal({5, 12}, seed, at::kFloat).requires_grad_();
+  auto inputs = parameters;
+  inputs.push_back(x);
+  const auto y = model->forward(x);
+  auto results = torch::autograd::grad({y}, inputs, {harness::normal(y.sizes(), seed + 50, at::kFloat)});
+  results.push_back(y.detach());
+  return results;
+}
+
+TEST(Threads, GiveTheSameOutputsAndGradientsBitForBit) {
+  Mlp model = (torch::manual_seed(7), Mlp());
+  const auto adapters = lora::inject(*model, config());
+  harness::fill(adapters);
+  const auto parameters = adapters.parameters();
+  std::vector<std::vector<at::Tensor>> expected;
+  for (size_t i = 0; i < 4; ++i) expected.push_back(forward_and_gradients(model, parameters, i));
+  std::array<int, 4> different{};
+  on_four_threads([&](size_t i) {
+    for (int run = 0; run < 50; ++run) {
+      const auto results = forward_and_gradients(model, parameters, i);
+      for (size_t k = 0; k < results.size(); ++k) different[i] += at::equal(results[k], expected[i][k]) ? 0 : 1;
+    }
+  });
+  EXPECT_THAT(different, ::testing::Each(0));
+}
+
+TEST(Threads, DisableAdaptersForThemselvesOnly) {
+  Mlp model = (torch::manual_seed(7), Mlp());
+  const auto x = harness::normal({5, 12}, 3, at::kFloat);
+  for (auto& parameter : model->parameters()) parameter.set_requires_grad(false);
+  const auto plain = model->forward(x);
+  const auto adapters = lora::inject(*model, config());
+  harness::fill(adapters);
+  const auto adapted = model->forward(x).detach();
+  std::array<int, 4> wrong{};
+  on_four_threads([&](size_t i) {
+    const at::NoGradGuard no_grad;
+    for (int run = 0; run < 50; ++run) {
+      if (i % 2 == 0) {
+        const lora::DisableAdapters guard(adapters);
+        const lora::DisableAdapters nested(adapters);
+        wrong[i] += at::equal(model->forward(x), plain) ? 0 : 1;
+      }
+      wrong[i] += at::equal(model->forward(x), adapted) ? 0 : 1;
+    }
+  });
+  EXPECT_THAT(wrong, ::testing::Each(0));
+}
+
+/// Lets a kernel wait inside its product until it is let go.
+class Gate {
+ public:
+  void pass() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    waiting_ = true;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return open_; });
+  }
+  void wait_for_a_kernel() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return waiting_; });
+  }
+  void open() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    open_ = true;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool waiting_ = false;
+  bool open_ = false;
+};
+
+/// LoRA whose product waits at a gate: a method of somebody else's.
+class GatedUpdate final : public lora::Update {
+ public:
+  GatedUpdate(std::shared_ptr<lora::Update> update, std::shared_ptr<Gate> gate)
+      : update_(std::move(update)), gate_(std::move(gate)) {}
+  int64_t in_features() const override { return update_->in_features(); }
+  int64_t out_features() const override { return update_->out_features(); }
+  std::vector<lora::UpdateTensor> tensors() const override { return update_->tensors(); }
+  at::Tensor product(const at::Tensor& x, const lora::Block& block) const override {
+    gate_->pass();
+    return update_->product(x, block);
+  }
+  at::Tensor transposed_product(const at::Tensor& x, const lora::Block& block) const override {
+    return update_->transposed_product(x, block);
+  }
+  lora::LowRank low_rank() const override { return update_->low_rank(); }
+  std::shared_ptr<Update> clone(at::Device device) const override {
+    return std::make_shared<GatedUpdate>(update_->clone(device), gate_);
+  }
+
+ private:
+  std::shared_ptr<lora::Update> update_;
+  std::shared_ptr<Gate> gate_;
+};
+
+class GatedMethod;
+struct GatedConfig {
+  using Method = GatedMethod;
+  lora::LoraConfig lora;
+  std::shared_ptr<Gate> gate;
+};
+
+class GatedMethod final : public lora::Method {
+ public:
+  explicit GatedMethod(const GatedConfig& config) : lora_(config.lora), gate_(config.gate) {}
+  const char* peft_type() const override { return "GATED"; }
+  const lora::Targeting& targeting() const override { return lora_.targeting(); }
+  std::shared_ptr<lora::Update> create(const lora::UpdateSpec& spec) const override {
+    return std::make_shared<GatedUpdate>(lora_.create(spec), gate_);
+  }
+  double dropout() const override { return lora_.dropout(); }
+  at::ScalarType tensor_dtype(at::ScalarType base) const override { return lora_.tensor_dtype(base); }
+
+ private:
+  lora::LoRA lora_;
+  std::shared_ptr<Gate> gate_;
+};
+
+TEST(Threads, ThatRunAKernelKeepChangesOut) {
+  Mlp model = (torch::manual_seed(7), Mlp());
+  const auto gate = std::make_shared<Gate>();
+  auto adapters = lora::inject(*model, GatedConfig{lora::LoraConfig().r(2).target_modules({"up"}), gate});
+  adapters.add(config(), "other");
+  const auto x = harness::normal({5, 12}, 3, at::kFloat);
+  at::Tensor y;
+  std::thread forward([&] {
+    const at::NoGradGuard no_grad;
+    y = model->forward(x);
+  });
+  gate->wait_for_a_kernel();
+  const std::map<std::string, std::function<void()>> changes{
+      {"set_active", [&] { adapters.set_active({}); }},
+      {"set_trainable", [&] { adapters.set_trainable({}); }},
+      {"merge", [&] { adapters.merge(); }},
+      {"remove", [&] { adapters.remove("other"); }},
+      {"add", [&] { adapters.add(config(), "third"); }},
+      {"load", [&] { adapters.load("nowhere", "third"); }},
+      {"unload", [&] { adapters.unload(); }},
+      {"merge_and_unload", [&] { adapters.merge_and_unload(); }},
+      {"verify", [&] { adapters.verify([&] { return x; }); }},
+  };
+  for (const auto& [name, change] : changes) {
+    EXPECT_THAT(change, ThrowsMessage<lora::StateError>(HasSubstr("lora::" + name + "] found a forward running")))
+        << name;
+  }
+  {
+    const lora::DisableAdapters guard(adapters);  // of this thread only, hence allowed
+    EXPECT_NO_THROW(model->forward(x));
+  }
+  gate->open();
+  forward.join();
+  EXPECT_THAT(adapters.names(), ::testing::ElementsAre("default", "other"));
+  EXPECT_TRUE(at::equal(y, (torch::manual_seed(7), Mlp())->forward(x))) << "B is zero";
+  EXPECT_NO_THROW(adapters.set_active({"other"})) << "once the forward is over";
+}
+
+}  // namespace
