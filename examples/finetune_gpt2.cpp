@@ -24,6 +24,7 @@
 #include "training/line_plot.h"     // defines: write_line_plot
 #include "training/peak_memory.h"   // defines: reset_peak_memory, peak_memory_bytes
 #include "training/trainer.h"       // defines: train, evaluate
+#include "training/wait_policy.h"   // defines: sleep_while_waiting
 
 namespace {
 
@@ -133,6 +134,7 @@ Figures finetune(Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) try {
+  sleep_while_waiting(argv);
   Options options;
   if (const auto exit_code = parse_options(argc, argv, options)) return *exit_code;
   at::set_num_threads(options.threads);

@@ -10,11 +10,13 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <sstream>
 #include <string>
 #include <system_error>
 #include <utility>
 
 #include "finetune/data.h"           // defines: old_domain_pairs, encode_or_report
+#include "finetune/error_line.h"     // defines: error_line
 #include "finetune/options.h"        // defines: Options
 #include "finetune/paths.h"          // defines: beside_program
 #include "models/gpt2_checkpoint.h"  // defines: load_gpt2, save_gpt2
@@ -50,26 +52,45 @@ inline void copy_tokenizer(const std::string& from, const std::string& to) {
   }
 }
 
+struct Recipe {
+  std::size_t steps = 1000, warmup = 100, batch_size = 16, pairs_of_a_domain = 1600;
+  double learning_rate = 2e-3;
+};
+
+/// Tells bases apart whose recipe, vocabulary or pairs differ (FNV-1a).
+inline std::string fingerprint(const Recipe& recipe, const std::string& vocabulary) {
+  std::uint64_t hash = 14695981039346656037U;
+  const auto add = [&](const std::string& text) {
+    for (const char letter : text) hash = (hash ^ static_cast<unsigned char>(letter)) * 1099511628211U;
+  };
+  for (const auto number : {recipe.steps, recipe.warmup, recipe.batch_size, recipe.pairs_of_a_domain}) {
+    add(std::to_string(number) + ' ');
+  }
+  add(std::to_string(recipe.learning_rate) + read_file(vocabulary + "/vocab.json"));
+  for (const auto& pair : old_domain_pairs(0).dev) add(pair.input + pair.text);
+  std::ostringstream text;
+  text << std::hex << (hash >> 32);
+  return text.str();
+}
+
 /// Pre-trains the small GPT-2 on the old domains into `directory`, which appears whole or not at all.
-inline void pretrain(const std::string& directory, const std::string& vocabulary) {
-  constexpr std::size_t kBatch = 16, kPairsOfADomain = 1600;
-  constexpr double kLearningRate = 2e-3;
+inline void pretrain(const Recipe& recipe, const std::string& vocabulary, const std::string& directory) {
   TrainOptions options;
-  options.steps = 1000;
-  options.warmup = 100;
+  options.steps = recipe.steps;
+  options.warmup = recipe.warmup;
   options.evaluations = 1;
-  std::cout << "Pre-training a small GPT-2 once, about a minute; it is kept in " << directory << '\n';
+  std::cout << "Pre-training a small GPT-2 once, about a minute; it is kept in " << directory << std::endl;
   // The base is everybody's: neither --seed nor --threads changes it.
   at::manual_seed(1);
   const int threads = at::get_num_threads();
   at::set_num_threads(2);
   const auto tokenizer = load_tokenizer(vocabulary);
-  const auto pairs = old_domain_pairs(kPairsOfADomain);
+  const auto pairs = old_domain_pairs(recipe.pairs_of_a_domain);
   GPT2LMHeadModel model(small_config(tokenizer.vocab_size()));
   const auto positions = model->config.n_positions;
-  BatchStream stream(encode_or_report(tokenizer, pairs.train, positions, "pre-training pairs"), kBatch, 1);
+  BatchStream stream(encode_or_report(tokenizer, pairs.train, positions, "pre-training pairs"), recipe.batch_size, 1);
   const auto dev = evaluation_batches(encode_or_report(tokenizer, pairs.dev, positions, "old domains"), at::kCPU);
-  torch::optim::AdamW optimizer(model->transformer->parameters(), torch::optim::AdamWOptions(kLearningRate));
+  torch::optim::AdamW optimizer(model->transformer->parameters(), torch::optim::AdamWOptions(recipe.learning_rate));
   Progress progress("pre-training", options.steps);
   const auto report = train(model, optimizer, stream, dev, options, progress);
   at::set_num_threads(threads);
@@ -95,8 +116,10 @@ inline void save_base(const Base& base, const std::string& directory) {
 /// The directory of the base: --model, or the small GPT-2, which is pre-trained where it is not there yet.
 inline std::string ensure_base(const Options& options) {
   if (!options.model.empty()) return options.model;
-  auto directory = beside_program("finetune_gpt2_base");
-  if (!std::filesystem::exists(directory)) base_detail::pretrain(directory, beside_program("small_vocab"));
+  const base_detail::Recipe recipe;
+  const auto vocabulary = beside_program("small_vocab");
+  auto directory = beside_program("finetune_gpt2_base-" + base_detail::fingerprint(recipe, vocabulary));
+  if (!std::filesystem::exists(directory)) base_detail::pretrain(recipe, vocabulary, directory);
   return directory;
 }
 
@@ -106,14 +129,19 @@ inline Base open_base(const Options& options) {
     throw std::runtime_error("--device cuda: this LibTorch finds no CUDA device; use --device cpu");
   }
   const auto directory = ensure_base(options);
-  Base base{directory, base_detail::load_tokenizer(directory), load_gpt2(directory)};
-  if (base.tokenizer.vocab_size() > base.model->config.vocab_size) {
-    throw FileError(directory, {"vocab.json holds " + std::to_string(base.tokenizer.vocab_size()) +
-                                " tokens, expected at most vocab_size = " +
-                                std::to_string(base.model->config.vocab_size) + " (config.json)"});
-  }
   const auto dtype = options.dtype == "bfloat16" ? torch::kBFloat16 : torch::kFloat32;
-  base.model->to(torch::Device(options.device), dtype);
-  base.model->eval();
-  return base;
+  try {
+    Base base{directory, base_detail::load_tokenizer(directory), load_gpt2(directory)};
+    const auto tokens = base.tokenizer.vocab_size(), rows = base.model->config.vocab_size;
+    if (tokens > rows) {
+      throw FileError(directory, {"vocab.json holds " + std::to_string(tokens) +
+                                  " tokens, expected at most vocab_size = " + std::to_string(rows) + " (config.json)"});
+    }
+    base.model->to(torch::Device(options.device), dtype);
+    base.model->eval();
+    return base;
+  } catch (const std::exception& error) {
+    if (!options.model.empty()) throw;
+    throw std::runtime_error(error_line(error) + "; delete " + directory + " to pre-train it again");
+  }
 }

@@ -313,6 +313,7 @@ inline MergeReport Adapters::merge() {
 
 inline MergeReport Adapters::merge(const std::vector<std::string>& names) {
   const auto lock = state().change("merge");
+  TORCH_CHECK_VALUE(!names.empty(), "[lora::merge] found no name, expected the adapters to merge");
   check_names("merge", names);
   if (state().calls()->disabled_anywhere()) {
     throw StateError("[lora::merge] found the adapters disabled, expected no DisableAdapters guard alive");

@@ -2,13 +2,12 @@
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <lora/lora.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/modules/linear.h>
 
 #include <memory>
 #include <string>
-
-#include <lora/lora.h>
 
 #include "harness/values.h"
 
@@ -29,7 +28,8 @@ struct NetImpl : torch::nn::Cloneable<NetImpl> {
 struct Cloned {
   Cloned() {
     net->down->bias.set_requires_grad(false);
-    adapters = std::make_shared<lora::Adapters>(lora::inject(*net, lora::LoraConfig().r(2).target_modules({"up[q,v]"})));
+    adapters =
+        std::make_shared<lora::Adapters>(lora::inject(*net, lora::LoraConfig().r(2).target_modules({"up[q,v]"})));
     adapters->add(lora::LoraConfig().r(3).target_modules({"down"}), "other");
     adapters->set_active({"default", "other"});
     adapters->set_trainable({"other"});

@@ -2,11 +2,10 @@
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <lora/lora.h>
 
 #include <map>
 #include <string>
-
-#include <lora/lora.h>
 
 #include "harness/temp_folder.h"
 #include "harness/values.h"
@@ -20,9 +19,8 @@ using ::testing::ElementsAre;
 struct WrittenImpl : torch::nn::Module {
   WrittenImpl()
       : up(register_module("up", lora::LoRALinear<>(torch::nn::Linear(12, 20), lora::LoraConfig().r(3).lora_alpha(7)))),
-        down(register_module("down",
-                             lora::LoRALinear<>(torch::nn::Linear(torch::nn::LinearOptions(20, 8).bias(false)),
-                                                lora::LoraConfig().r(2).lora_alpha(5)))) {}
+        down(register_module("down", lora::LoRALinear<>(torch::nn::Linear(torch::nn::LinearOptions(20, 8).bias(false)),
+                                                        lora::LoraConfig().r(2).lora_alpha(5)))) {}
   at::Tensor forward(const at::Tensor& x) { return down(at::tanh(up(x))); }
   lora::LoRALinear<> up, down;
 };
@@ -96,6 +94,15 @@ TEST(LoRALinear, SharesTheGivenLayer) {
   lora::LoRALinear<lora::LoRA> layer(base, lora::LoraConfig().r(2));
   EXPECT_EQ(layer->base_layer.get(), base.get());
   EXPECT_TRUE(layer->named_parameters()["base_layer.weight"].is_same(base->named_parameters()["weight"]));
+}
+
+TEST(LoRALinear, IsWhatASingleLinearNeeds) {
+  torch::nn::Linear alone(4, 6);
+  torch::nn::MultiheadAttention attention(8, 2);
+  for (auto* model : std::initializer_list<torch::nn::Module*>{alone.get(), attention.get()}) {
+    EXPECT_THAT([&] { lora::inject(*model, lora::LoraConfig().target_modules("all-linear")); },
+                ::testing::ThrowsMessage<c10::ValueError>(::testing::HasSubstr("as the model itself")));
+  }
 }
 
 TEST(LoRALinear, OldHandlesFollowToTheModelsOwn) {

@@ -1,12 +1,11 @@
 // Values of a configuration that are out of range, and names that an adapter may not have.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <lora/lora.h>
 
 #include <functional>
 #include <limits>
 #include <string>
-
-#include <lora/lora.h>
 
 #include "oracles/models.h"
 
@@ -31,19 +30,33 @@ TEST(LoraConfig, RefusesValuesOutOfRangeAndChangesNothing) {
            BadConfig{"lora_dropout = -0.1", [&] { return targeted().lora_dropout(-0.1); }},
            BadConfig{"lora_dropout = nan", [&] { return targeted().lora_dropout(nan); }},
            BadConfig{"lora_alpha = nan", [&] { return targeted().lora_alpha(nan); }},
-           BadConfig{"lora_alpha = inf", [&] { return targeted().lora_alpha(std::numeric_limits<double>::infinity()); }},
+           BadConfig{"lora_alpha = inf",
+                     [&] { return targeted().lora_alpha(std::numeric_limits<double>::infinity()); }},
            BadConfig{"lora_alpha = 0", [&] { return targeted().lora_alpha(0); }},
-           BadConfig{"rank_pattern[\"up\"] = 0", [&] { return targeted().rank_pattern({{"up", 0}}); }},
-           BadConfig{"alpha_pattern[\"up\"] = 0", [&] { return targeted().alpha_pattern({{"up", 0}}); }},
+           BadConfig{"rank_pattern[\"up\"] = 0",
+                     [&] {
+                       return targeted().rank_pattern({{"up", 0}});
+                     }},
+           BadConfig{"alpha_pattern[\"up\"] = 0",
+                     [&] {
+                       return targeted().alpha_pattern({{"up", 0}});
+                     }},
            BadConfig{"no parts", [&] { return targeted().fused_parts("up", {}); }},
-           BadConfig{"the part {\"q\", 0}", [&] { return targeted().fused_parts("up", {{"q", 0}}); }},
-           BadConfig{"the part {\"a.b\", 2}", [&] { return targeted().fused_parts("up", {{"a.b", 2}}); }},
+           BadConfig{"the part {\"q\", 0}",
+                     [&] {
+                       return targeted().fused_parts("up", {{"q", 0}});
+                     }},
+           BadConfig{"the part {\"a.b\", 2}",
+                     [&] {
+                       return targeted().fused_parts("up", {{"a.b", 2}});
+                     }},
            BadConfig{"an empty name", [] { return lora::LoraConfig().target_modules({""}); }},
            BadConfig{"an empty part", [] { return lora::LoraConfig().target_modules({"up[q,]"}); }},
            BadConfig{"the part q twice", [] { return lora::LoraConfig().target_modules({"up[q,q]"}); }},
        }) {
     Mlp model;
-    EXPECT_THAT([&] { lora::inject(*model, bad.make()); }, ThrowsMessage<c10::ValueError>(HasSubstr("found " + bad.found)))
+    EXPECT_THAT([&] { lora::inject(*model, bad.make()); },
+                ThrowsMessage<c10::ValueError>(HasSubstr("found " + bad.found)))
         << bad.found;
     EXPECT_EQ(model->named_modules().size(), 3U);
     EXPECT_TRUE(model->up->weight.requires_grad());

@@ -1,6 +1,7 @@
 // tests/golden/matching.json: the modules, ranks and scalings that Python PEFT 0.21 chooses for 76 configurations.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <lora/lora.h>
 #include <torch/nn/module.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/linear.h>
@@ -12,8 +13,6 @@
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
-
-#include <lora/lora.h>
 
 namespace {
 

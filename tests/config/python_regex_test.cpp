@@ -1,10 +1,9 @@
 // Regular expressions of Python's dialect: the same meaning or an error.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <lora/detail/python_regex.h>
 
 #include <string>
-
-#include <lora/detail/python_regex.h>
 
 namespace {
 
@@ -44,8 +43,8 @@ TEST(PythonRegex, MatchesAsPythonDoes) {
 
 TEST(PythonRegex, RefusesWhatItWouldReadDifferently) {
   for (const std::string pattern :
-       {R"((?<=a)b)", R"((?<!a)b)", "(?P<n>a)", "(?i)a", "(?>a)", "a*+", "a++", "a{2}+", R"(\Aa)", R"(a\Z)", R"((a)\1)",
-        R"(\0)", "[[:alpha:]]", "[]a]", "a{", "a{x}", R"(\ua)", "a\\", R"(\pL)", R"([\b])"}) {
+       {R"((?<=a)b)", R"((?<!a)b)", "(?P<n>a)",    "(?i)a", "(?>a)", "a*+",  "a++",    "a{2}+", R"(\Aa)", R"(a\Z)",
+        R"((a)\1)",   R"(\0)",      "[[:alpha:]]", "[]a]",  "a{",    "a{x}", R"(\ua)", "a\\",   R"(\pL)", R"([\b])"}) {
     EXPECT_THAT([&] { PythonRegex{pattern}; }, ThrowsMessage<c10::ValueError>(HasSubstr("[lora::regex] found ")))
         << pattern;
   }

@@ -3,10 +3,9 @@
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <lora/adapters.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/api/module.h>
-#include <torch/csrc/jit/runtime/graph_executor.h>
 
 #include <cstdint>
 #include <functional>
@@ -15,8 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include <lora/adapters.h>
-
+#include "harness/script.h"
 #include "harness/values.h"
 
 namespace harness {
@@ -125,64 +123,43 @@ def forward(self, x):
 
 inline const std::vector<ScriptCase>& script_cases() {
   static const std::vector<ScriptCase> cases{
-      {"Layers", &script_layers, {5, 12}, {"up", "body.down"}, {"body.up", "body.down"},
+      {"Layers",
+       &script_layers,
+       {5, 12},
+       {"up", "body.down"},
+       {"body.up", "body.down"},
        {{"body.up.lora_*", "body.up", "weight"}, {"body.down.lora_*", "body.down", "weight"}}},
-      {"LayersOf3dInput", &script_layers, {2, 3, 12}, "all-linear", {"body.up", "body.down"},
+      {"LayersOf3dInput",
+       &script_layers,
+       {2, 3, 12},
+       "all-linear",
+       {"body.up", "body.down"},
        {{"body.up.lora_*", "body.up", "weight"}, {"body.down.lora_*", "body.down", "weight"}}},
       {"Twice", &script_twice, {4, 12}, {"again"}, {"first"}, {{"first.lora_*", "first", "weight"}}},
       {"Functional", &script_functional, {4, 12}, {"child"}, {"child"}, {{"child.lora_*", "child", "weight"}}},
-      {"Products", &script_products, {4, 12}, "all-linear", {"turned", "straight", "conv1d", "passed"},
-       {{"lora_*.turned", "", "turned"}, {"lora_*.straight", "", "straight", 0, true},
-        {"lora_*.conv1d", "", "conv1d", 0, true}, {"lora_*.passed", "", "passed"}}},
-      {"FusedParts", &script_fused, {4, 12}, {"in_proj_weight[q,v]"}, {"in_proj_weight"},
+      {"Products",
+       &script_products,
+       {4, 12},
+       "all-linear",
+       {"turned", "straight", "conv1d", "passed"},
+       {{"lora_*.turned", "", "turned"},
+        {"lora_*.straight", "", "straight", 0, true},
+        {"lora_*.conv1d", "", "conv1d", 0, true},
+        {"lora_*.passed", "", "passed"}}},
+      {"FusedParts",
+       &script_fused,
+       {4, 12},
+       {"in_proj_weight[q,v]"},
+       {"in_proj_weight"},
        {{"lora_*.q", "", "in_proj_weight", 0}, {"lora_*.v", "", "in_proj_weight", 20}}},
-      {"PartsOfColumns", &script_products, {4, 12}, {"conv1d[q,v]"}, {"conv1d"},
+      {"PartsOfColumns",
+       &script_products,
+       {4, 12},
+       {"conv1d[q,v]"},
+       {"conv1d"},
        {{"lora_*.q", "", "conv1d", 0, true}, {"lora_*.v", "", "conv1d", 4, true}}},
   };
   return cases;
-}
-
-inline torch::jit::Module submodule(torch::jit::Module module, const std::string& path) {
-  for (size_t begin = 0; begin < path.size();) {
-    const auto dot = std::min(path.find('.', begin), path.size());
-    module = module.attr(path.substr(begin, dot - begin)).toModule();
-    begin = dot + 1;
-  }
-  return module;
-}
-
-inline at::Tensor run(torch::jit::Module& module, const at::Tensor& x) { return module.forward({x}).toTensor(); }
-
-/// Lets the executor profile and optimise the model, with and without gradient.
-inline void warm_up(torch::jit::Module& module, const at::Tensor& x) {
-  for (const bool with_grad : {true, false}) {
-    for (int i = 0; i < 4; ++i) {
-      const auto y = run(module, x.detach().requires_grad_(with_grad));
-      if (y.requires_grad()) y.sum().backward();
-    }
-  }
-  for (const auto& parameter : module.parameters()) parameter.mutable_grad() = at::Tensor();
-}
-
-/// Whether the executor of the model's forward has an optimised plan.
-inline bool is_optimised(const torch::jit::Module& module) {
-  try {
-    torch::jit::toGraphFunction(module.get_method("forward").function()).getDebugState();
-    return true;
-  } catch (const c10::Error&) {
-    return false;
-  }
-}
-
-/// What a model's owner may notice of its parameters: the tensor, its flag and its bytes.
-inline std::map<std::string, std::string> script_state(const torch::jit::Module& module) {
-  std::map<std::string, std::string> state;
-  for (const auto& named : module.named_parameters()) {
-    state[named.name] = std::to_string(reinterpret_cast<uintptr_t>(named.value.unsafeGetTensorImpl())) + "|" +
-                        std::to_string(named.value.requires_grad()) + "|" + c10::toString(named.value.scalar_type()) +
-                        "|" + bytes_of(named.value);
-  }
-  return state;
 }
 
 /// A twin of the model whose slots hold W0 + Σ s·B·A, for the executor an unknown model that is not optimised.

@@ -4,6 +4,8 @@
 #include <c10/core/InferenceMode.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <lora/adapters.h>
+#include <lora/io/safetensors.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
@@ -13,9 +15,6 @@
 #include <sstream>
 #include <string>
 #include <vector>
-
-#include <lora/adapters.h>
-#include <lora/io/safetensors.h>
 
 #include "harness/script_models.h"
 #include "harness/temp_folder.h"
@@ -205,7 +204,9 @@ TEST_F(ScriptExecutor, DropoutFollowsTrainAndEval) {
 
 TEST_F(ScriptExecutor, DropoutDropsTheAdaptersInputAndScalesTheRest) {
   auto model = harness::script_linear(1, 1, false, 1);
-  auto adapters = lora::inject(model, LoraConfig().r(1).target_if([](const auto&, const auto&) { return true; })
+  auto adapters = lora::inject(model, LoraConfig()
+                                          .r(1)
+                                          .target_if([](const auto&, const auto&) { return true; })
                                           .target_script_if([](const auto&, const auto&) { return true; })
                                           .lora_dropout(0.25));
   harness::fill(adapters);
@@ -325,8 +326,8 @@ TEST_F(ScriptExecutor, DropoutFollowsTheModelWithEveryHandleGone) {
 
 TEST_F(ScriptExecutor, AShallowCopyRunsOnWhenTheModelIsGone) {
   auto model = std::make_unique<torch::jit::Module>(harness::script_linear(12, 8, true, 1));
-  auto adapters = std::make_unique<lora::Adapters>(
-      lora::inject(*model, LoraConfig().lora_dropout(0.5).target_script_if([](const auto&, const auto&) { return true; })));
+  auto adapters = std::make_unique<lora::Adapters>(lora::inject(
+      *model, LoraConfig().lora_dropout(0.5).target_script_if([](const auto&, const auto&) { return true; })));
   harness::fill(*adapters);
   auto copy = model->copy();
   adapters.reset();
@@ -361,7 +362,9 @@ TEST_F(ScriptExecutor, AnEmbeddingIsRefusedByName) {
   harness::add_parameter(table, "weight", {15, 6}, 1);
   torch::jit::Module model("Root");
   model.register_module("wte", table);
-  model.define("def forward(self, ids):\n  e = torch.embedding(self.wte.weight, ids)\n  return torch.linear(e, self.wte.weight)\n");
+  model.define(
+      "def forward(self, ids):\n  e = torch.embedding(self.wte.weight, ids)\n  return torch.linear(e, "
+      "self.wte.weight)\n");
   EXPECT_THAT(message_of([&] { lora::inject(model, LoraConfig().target_modules({"wte"})); }),
               HasSubstr("found Embedding at wte"));
 }

@@ -2,6 +2,8 @@
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <lora/adapters.h>
+#include <lora/io/safetensors.h>
 #include <sys/resource.h>
 
 #include <csignal>
@@ -13,9 +15,6 @@
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <lora/adapters.h>
-#include <lora/io/safetensors.h>
 
 #include "harness/temp_folder.h"
 #include "harness/values.h"
@@ -82,9 +81,7 @@ class PeftFolder : public ::testing::Test {
   std::map<std::string, std::string> before_;
 };
 
-TEST_F(PeftFolder, LoadsAsItIs) {
-  EXPECT_EQ(lora::load(*model_, directory_).names().size(), 1U);
-}
+TEST_F(PeftFolder, LoadsAsItIs) { EXPECT_EQ(lora::load(*model_, directory_).names().size(), 1U); }
 
 TEST_F(PeftFolder, WithoutAFile) {
   std::filesystem::remove(folder_ / "adapter_model.safetensors");
@@ -126,8 +123,7 @@ TEST_F(PeftFolder, WithEveryKindOfWrongTensorAtOnce) {
               ::testing::UnorderedElementsAre(
                   AllOf(HasSubstr("found [3, 13]"), HasSubstr("expected [3, 12]"), HasSubstr("lora_A of up")),
                   AllOf(HasSubstr("found nothing"), HasSubstr("expected [20, 3]"), HasSubstr("lora_B of up")),
-                  AllOf(HasSubstr("NaN"), HasSubstr(kDownA)),
-                  AllOf(HasSubstr("type Int"), HasSubstr("side.lora_B")),
+                  AllOf(HasSubstr("NaN"), HasSubstr(kDownA)), AllOf(HasSubstr("type Int"), HasSubstr("side.lora_B")),
                   AllOf(HasSubstr("tensors for side"), HasSubstr("the model has no such")),
                   HasSubstr("found the tensor up.lora_A.weight"), HasSubstr("up.lora_magnitude_vector")));
 }
@@ -142,7 +138,8 @@ TEST_F(PeftFolder, WithTargetsThatTheTensorsDoNotKnow) {
 
 TEST_F(PeftFolder, WithTensorsThatTheTargetsDoNotChoose) {
   edit_config([](json& config) { config["target_modules"] = {"down"}; });
-  EXPECT_THAT(problems(), ::testing::ElementsAre(AllOf(HasSubstr("tensors for up"), HasSubstr("target_modules do not"))));
+  EXPECT_THAT(problems(),
+              ::testing::ElementsAre(AllOf(HasSubstr("tensors for up"), HasSubstr("target_modules do not"))));
 }
 
 TEST_F(PeftFolder, WithATargetThatHasNeitherModuleNorTensorIsNoted) {
@@ -158,11 +155,23 @@ TEST_F(PeftFolder, WithAnEditedRank) {
 }
 
 TEST_F(PeftFolder, WithValuesOutOfRange) {
-  const std::vector<std::pair<std::string, json>> wrong = {
-      {"r", 0}, {"r", -3}, {"r", 2.5}, {"r", "three"}, {"lora_alpha", 0}, {"lora_alpha", nullptr},
-      {"lora_dropout", 1.5}, {"lora_dropout", "no"}, {"use_rslora", "yes"}, {"rank_pattern", 3},
-      {"rank_pattern", {{"up", 0}}}, {"alpha_pattern", {{"up", "x"}}}, {"target_modules", {1, 2}},
-      {"target_modules", "(?<=x)up"}, {"target_modules", nullptr}, {"peft_type", "IA3"}, {"peft_type", nullptr}};
+  const std::vector<std::pair<std::string, json>> wrong = {{"r", 0},
+                                                           {"r", -3},
+                                                           {"r", 2.5},
+                                                           {"r", "three"},
+                                                           {"lora_alpha", 0},
+                                                           {"lora_alpha", nullptr},
+                                                           {"lora_dropout", 1.5},
+                                                           {"lora_dropout", "no"},
+                                                           {"use_rslora", "yes"},
+                                                           {"rank_pattern", 3},
+                                                           {"rank_pattern", {{"up", 0}}},
+                                                           {"alpha_pattern", {{"up", "x"}}},
+                                                           {"target_modules", {1, 2}},
+                                                           {"target_modules", "(?<=x)up"},
+                                                           {"target_modules", nullptr},
+                                                           {"peft_type", "IA3"},
+                                                           {"peft_type", nullptr}};
   const auto good = read_bytes(folder_ / "adapter_config.json");
   for (const auto& [key, value] : wrong) {
     write_bytes(folder_ / "adapter_config.json", good);
@@ -172,11 +181,19 @@ TEST_F(PeftFolder, WithValuesOutOfRange) {
 }
 
 TEST_F(PeftFolder, WithKeysThatChangeTheMeaning) {
-  const std::vector<std::pair<std::string, json>> keys = {
-      {"use_dora", true}, {"modules_to_save", {"down"}}, {"bias", "all"}, {"lora_bias", true}, {"use_qalora", true},
-      {"layer_replication", {{0, 2}}}, {"target_parameters", {"up.weight"}}, {"layers_to_transform", {1}},
-      {"trainable_token_indices", {1, 2}}, {"alora_invocation_tokens", {3}}, {"init_lora_weights", "pissa"},
-      {"a_key_of_tomorrow", 1}, {"another_of_tomorrow", "on"}};
+  const std::vector<std::pair<std::string, json>> keys = {{"use_dora", true},
+                                                          {"modules_to_save", {"down"}},
+                                                          {"bias", "all"},
+                                                          {"lora_bias", true},
+                                                          {"use_qalora", true},
+                                                          {"layer_replication", {{0, 2}}},
+                                                          {"target_parameters", {"up.weight"}},
+                                                          {"layers_to_transform", {1}},
+                                                          {"trainable_token_indices", {1, 2}},
+                                                          {"alora_invocation_tokens", {3}},
+                                                          {"init_lora_weights", "pissa"},
+                                                          {"a_key_of_tomorrow", 1},
+                                                          {"another_of_tomorrow", "on"}};
   edit_config([&](json& config) {
     for (const auto& [key, value] : keys) config[key] = value;
   });
@@ -220,7 +237,8 @@ class PeftSave : public ::testing::Test {
 };
 
 TEST_F(PeftSave, AConfigOfAnotherSaveIsFound) {
-  // A save that is interrupted between its two files leaves the tensors of the one beside the configuration of the other.
+  // A save that is interrupted between its two files leaves the tensors of the one beside the configuration of the
+  // other.
   injected(LoraConfig().r(3).lora_alpha(7).target_modules({"up"})).save(folder_.path());
   const auto old_config = read_bytes(folder_ / "adapter_config.json");
   lora::adapters_of(*model_).unload();
@@ -261,8 +279,12 @@ TEST_F(PeftSave, AFullDiskLeavesBothOldFiles) {
 }
 
 TEST_F(PeftSave, PartsOfOtherRanksAreStackedExactlyAndComeBackBitForBit) {
-  const auto config = LoraConfig().r(3).lora_alpha(7).target_modules({"up[a,c]", "down"})
-                          .fused_parts("up", {{"a", 6}, {"b", 10}, {"c", 4}}).rank_pattern({{"down", 5}})
+  const auto config = LoraConfig()
+                          .r(3)
+                          .lora_alpha(7)
+                          .target_modules({"up[a,c]", "down"})
+                          .fused_parts("up", {{"a", 6}, {"b", 10}, {"c", 4}})
+                          .rank_pattern({{"down", 5}})
                           .alpha_pattern({{"down", 2}});
   const auto adapters = injected(config);
   adapters.save(folder_.path());
@@ -301,12 +323,17 @@ TEST_F(PeftSave, PartsWhoseFileWasEditedAreRefused) {
 
 TEST_F(PeftSave, AnAttentionHasOneScalingInAFile) {
   MhaBlock model;
-  auto adapters = lora::inject(*model, LoraConfig().r(3).lora_alpha(6).target_modules({"in_proj[q,v]", "out_proj"})
-                                           .rank_pattern({{"out_proj", 2}}));
+  auto adapters = lora::inject(
+      *model,
+      LoraConfig().r(3).lora_alpha(6).target_modules({"in_proj[q,v]", "out_proj"}).rank_pattern({{"out_proj", 2}}));
   EXPECT_THROW(adapters.save(folder_.path()), c10::ValueError);
   adapters.unload();
-  adapters = lora::inject(*model, LoraConfig().r(3).lora_alpha(6).target_modules({"in_proj[q,v]", "out_proj"})
-                                      .rank_pattern({{"attn.out_proj", 2}}).alpha_pattern({{"attn.out_proj", 4}}));
+  adapters = lora::inject(*model, LoraConfig()
+                                      .r(3)
+                                      .lora_alpha(6)
+                                      .target_modules({"in_proj[q,v]", "out_proj"})
+                                      .rank_pattern({{"attn.out_proj", 2}})
+                                      .alpha_pattern({{"attn.out_proj", 4}}));
   harness::fill(adapters);
   adapters.save(folder_.path());
   EXPECT_EQ(config().at("r"), 6);
@@ -336,8 +363,9 @@ TEST_F(PeftSave, ThePatternsOfAnAttentionReachItsWeightsByEveryName) {
 TEST_F(PeftSave, APatternThatMatchesNothingIsAnErrorInInjectAndANoteOnLoad) {
   const auto before = harness::parameter_state(*model_);
   try {
-    lora::inject(*model_, LoraConfig().target_modules({"up"}).rank_pattern({{"up", 4}, {"donw", 5}})
-                              .alpha_pattern({{"upp", 3}}));
+    lora::inject(
+        *model_,
+        LoraConfig().target_modules({"up"}).rank_pattern({{"up", 4}, {"donw", 5}}).alpha_pattern({{"upp", 3}}));
     FAIL() << "it was injected";
   } catch (const c10::ValueError& error) {
     EXPECT_THAT(error.what(), AllOf(HasSubstr("rank_pattern[\"donw\"]"), HasSubstr("alpha_pattern[\"upp\"]")));

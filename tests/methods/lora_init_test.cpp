@@ -1,14 +1,13 @@
 // How A and B begin.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <lora/lora.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/linear.h>
 
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
-
-#include <lora/lora.h>
 
 namespace {
 
@@ -19,8 +18,7 @@ at::Tensor draw(const lora::LoraConfig& config, int64_t in, int64_t out, const s
 }
 
 TEST(LoraInit, HasTheStatisticsOfPeft) {
-  const auto golden =
-      nlohmann::json::parse(std::ifstream(LORA_SOURCE_DIR "/tests/golden/init_statistics.json"));
+  const auto golden = nlohmann::json::parse(std::ifstream(LORA_SOURCE_DIR "/tests/golden/init_statistics.json"));
   at::manual_seed(3);
   for (const auto& row : golden) {
     const auto in = row["in"].get<int64_t>(), out = row["out"].get<int64_t>(), r = row["r"].get<int64_t>();

@@ -140,13 +140,24 @@ void write_sequential(const std::string& out) {
 
 void write_attention(const std::string& out) {
   const auto x = torch::randn({6, 2, 16});
-  const std::vector<std::pair<std::string, std::vector<std::string>>> choices = {
-      {"whole", {"attn"}}, {"in_proj", {"in_proj"}}, {"q_v", {"in_proj[q,v]"}}, {"out_proj", {"out_proj"}}};
-  for (const auto& [name, targets] : choices) {
+  const auto config = [](const std::vector<std::string>& targets) {
+    return LoraConfig().r(3).lora_alpha(7).target_modules(targets);
+  };
+  const std::vector<std::pair<std::string, LoraConfig>> choices = {
+      {"whole", config({"attn"})},
+      {"in_proj", config({"in_proj"})},
+      {"q_v", config({"in_proj[q,v]"})},
+      {"out_proj", config({"out_proj"})},
+      {"q_v_and_out_proj_of_other_rank", config({"in_proj[q,v]", "out_proj"})
+                                             .lora_alpha(6)
+                                             .rank_pattern({{"out_proj", 2}})
+                                             .alpha_pattern({{"out_proj", 4}})},
+      {"q_v_rslora", config({"in_proj[q,v]"}).use_rslora(true)}};
+  for (const auto& [name, choice] : choices) {
     MhaBlock model;
     CaseFolder folder(out, "mha_" + name, "mha");
     folder.base(*model);
-    write_one(std::move(folder), model, LoraConfig().r(3).lora_alpha(7).target_modules(targets), x);
+    write_one(std::move(folder), model, choice, x);
   }
 }
 
@@ -158,12 +169,20 @@ void write_gpt2(const std::string& out) {
   config.n_layer = 2;
   config.n_head = 3;
   const auto ids = torch::randint(config.vocab_size, {2, 9}, at::kLong);
-  const std::vector<std::pair<std::string, std::vector<std::string>>> choices = {
-      {"attention", {"c_attn", "attn.c_proj"}},
-      {"q_v", {"c_attn[q,v]"}},
-      {"k_and_mlp", {"c_attn[k]", "mlp.c_proj", "c_fc"}},
-      {"every_part", {"c_attn[q,k,v]", "attn.c_proj"}}};
-  for (const auto& [name, targets] : choices) {
+  const auto lora = [](const std::vector<std::string>& targets) {
+    return LoraConfig().r(4).lora_alpha(12).target_modules(targets);
+  };
+  const std::vector<std::pair<std::string, LoraConfig>> choices = {
+      {"attention", lora({"c_attn", "attn.c_proj"})},
+      {"q_v", lora({"c_attn[q,v]"})},
+      {"q_v_rslora", lora({"c_attn[q,v]", "c_fc"}).use_rslora(true)},
+      {"k_and_mlp", lora({"c_attn[k]", "mlp.c_proj", "c_fc"})},
+      {"every_part", lora({"c_attn[q,k,v]", "attn.c_proj"})},
+      {"unequal_parts", lora({"c_attn[b,c]"}).fused_parts("c_attn", {{"a", 30}, {"b", 7}, {"c", 35}})},
+      {"ranks", lora({"c_attn[q,v]", "attn.c_proj"})
+                    .rank_pattern({{"h.0.attn.c_attn", 2}, {"c_proj", 5}})
+                    .alpha_pattern({{"h.1.attn.c_attn", 3}})}};
+  for (const auto& [name, choice] : choices) {
     GPT2LMHeadModel model(config);
     {
       torch::NoGradGuard no_grad;
@@ -172,7 +191,7 @@ void write_gpt2(const std::string& out) {
     CaseFolder folder(out, "gpt2_" + name, "gpt2");
     folder.manifest()["base"] = "model";
     save_gpt2(model, folder.path() + "/model", /*end_of_text=*/0);
-    write_one(std::move(folder), model, LoraConfig().r(4).lora_alpha(12).target_modules(targets), ids);
+    write_one(std::move(folder), model, choice, ids);
   }
 }
 

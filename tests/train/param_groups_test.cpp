@@ -2,13 +2,13 @@
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <lora/lora.h>
 #include <torch/optim/adamw.h>
 #include <torch/optim/sgd.h>
 
+#include <cmath>
 #include <set>
 #include <string>
-
-#include <lora/lora.h>
 
 #include "oracles/models.h"
 
@@ -24,8 +24,7 @@ lora::Adapters inject(Mlp& model) {
 TEST(ParamGroups, CarryEveryOption) {
   Mlp model;
   const auto adapters = inject(model);
-  const auto options =
-      torch::optim::AdamWOptions(3e-4).betas({0.8, 0.9}).eps(1e-5).weight_decay(0.25).amsgrad(true);
+  const auto options = torch::optim::AdamWOptions(3e-4).betas({0.8, 0.9}).eps(1e-5).weight_decay(0.25).amsgrad(true);
   const auto groups = lora::param_groups(adapters, options, lora::LoraPlusOptions().lr_ratio(16));
   ASSERT_EQ(groups.size(), 2U);
   for (const auto& group : groups) {
@@ -71,6 +70,7 @@ TEST(ParamGroups, RefuseWhatWouldDoNothing) {
     return [&adapters, plus] { lora::param_groups(adapters, torch::optim::SGDOptions(1), plus); };
   };
   EXPECT_THAT(with(lora::LoraPlusOptions().lr_ratio(0)), ThrowsMessage<c10::ValueError>(HasSubstr("lr_ratio = 0")));
+  EXPECT_THAT(with(lora::LoraPlusOptions().lr_ratio(INFINITY)), ThrowsMessage<c10::ValueError>(HasSubstr("= inf")));
   EXPECT_THAT(with(lora::LoraPlusOptions().lr("lora_C", 1)), ThrowsMessage<c10::ValueError>(HasSubstr("\"lora_C\"")));
   EXPECT_THAT(with(lora::LoraPlusOptions().lr("lora_A", -1)), ThrowsMessage<c10::ValueError>(HasSubstr("rate -1")));
   adapters.set_trainable({});
@@ -124,8 +124,7 @@ INSTANTIATE_TEST_SUITE_P(Variants, GoldenStep,
                          ::testing::Values(Step{"plain", ".adamw", 1}, Step{"plain", ".adamw_loraplus", 16},
                                            Step{"rslora", ".adamw", 1}, Step{"rslora", ".adamw_loraplus", 16},
                                            Step{"patterns", ".adamw", 1}, Step{"patterns", ".adamw_loraplus", 16},
-                                           Step{"one_target", ".adamw", 1},
-                                           Step{"one_target", ".adamw_loraplus", 16}),
+                                           Step{"one_target", ".adamw", 1}, Step{"one_target", ".adamw_loraplus", 16}),
                          [](const auto& row) {
                            return row.param.variant + (row.param.ratio == 1 ? "_adamw" : "_loraplus");
                          });

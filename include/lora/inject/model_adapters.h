@@ -107,8 +107,8 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     return lock;
   }
 
-  /// What every handle keeps a copy of. With the last one the references to the model are let go; `alive` are the objects
-  /// of the model for those that have been.
+  /// What every handle keeps a copy of. With the last one the references to the model are let go; `alive` are the
+  /// objects of the model for those that have been.
   std::shared_ptr<void> handle(const std::set<const void*>& alive = {}) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     auto handle = handle_.lock();

@@ -50,9 +50,7 @@ struct StoredFactors {
 };
 
 /// Whether two scalings are equal but for the rounding of their computation.
-inline bool same(double a, double b) {
-  return std::abs(a - b) <= 1e-12 * std::abs(a);
-}
+inline bool same(double a, double b) { return std::abs(a - b) <= 1e-12 * std::abs(a); }
 
 inline int64_t total_rank(const WeightAdapter& adapter) {
   int64_t rank = 0;
@@ -137,8 +135,11 @@ class PeftWriter {
     for (const auto& factors : stored_) {
       for (const auto& other : stored_) {
         const auto module = peft_module(*factors.site);
-        TORCH_CHECK_VALUE(peft_module(*other.site) != module || same(other.alpha, factors.alpha), "[lora::save] found "
-                          "different scalings on the weights of ", module, ", expected one: PEFT has one rank and one "
+        TORCH_CHECK_VALUE(peft_module(*other.site) != module || same(other.alpha, factors.alpha),
+                          "[lora::save] found "
+                          "different scalings on the weights of ",
+                          module,
+                          ", expected one: PEFT has one rank and one "
                           "alpha for a MultiheadAttention; choose alpha_pattern so that alpha / rank are equal");
       }
     }

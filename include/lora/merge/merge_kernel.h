@@ -46,8 +46,8 @@ inline bool is_finite_bits(T value) {
   return (bits & exponent) != exponent;
 }
 
-/// Merges one tile; returns how many results are NaN or infinite. Sums the updates in `Sum` and adds W0 last, so that W′ is
-/// rounded once and not with every term; reads W0 and writes W′ once.
+/// Merges one tile; returns how many results are NaN or infinite. Sums the updates in `Sum` and adds W0 last, so that
+/// W′ is rounded once and not with every term; reads W0 and writes W′ once.
 template <class T, class Sum>
 LORA_ALWAYS_INLINE int64_t merge_tile_body(const MergeTile<T, Sum>& tile) {
   using Mask = std::conditional_t<sizeof(Sum) == 8, uint64_t, uint32_t>;

@@ -88,7 +88,9 @@ class LoRA final : public Method {
 
   /// For a weight by any of its paths.
   int64_t rank(const std::vector<std::string>& names) const { return first_match(ranks_, names, config_.r()); }
-  double alpha(const std::vector<std::string>& names) const { return first_match(alphas_, names, config_.lora_alpha()); }
+  double alpha(const std::vector<std::string>& names) const {
+    return first_match(alphas_, names, config_.lora_alpha());
+  }
   double scaling(const std::vector<std::string>& names) const {
     const auto rank = static_cast<double>(this->rank(names));
     return alpha(names) / (config_.use_rslora() ? std::sqrt(rank) : rank);

@@ -73,7 +73,8 @@ class Update {
   }
 };
 
-/// What an update is made for: ΔW [out_features, in_features] of the weight with these paths, tensors as `options` says.
+/// What an update is made for: ΔW [out_features, in_features] of the weight with these paths, tensors as `options`
+/// says.
 struct UpdateSpec {
   std::vector<std::string> names;
   int64_t in_features = 0;

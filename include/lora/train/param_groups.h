@@ -6,6 +6,7 @@
 #include <torch/arg.h>
 #include <torch/optim/optimizer.h>
 
+#include <cmath>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -39,8 +40,8 @@ class LoraPlusOptions {
 template <class Options>
 std::vector<torch::optim::OptimizerParamGroup> param_groups(const std::vector<UpdateTensor>& tensors,
                                                             const Options& options, const LoraPlusOptions& plus = {}) {
-  TORCH_CHECK_VALUE(plus.lr_ratio() > 0, "[lora::param_groups] found lr_ratio = ", plus.lr_ratio(),
-                    ", expected a positive number");
+  TORCH_CHECK_VALUE(std::isfinite(plus.lr_ratio()) && plus.lr_ratio() > 0,
+                    "[lora::param_groups] found lr_ratio = ", plus.lr_ratio(), ", expected a positive number");
   const double base_lr = std::make_unique<Options>(options)->get_lr();
   std::vector<bool> used(plus.overrides().size(), false);
   std::vector<std::pair<double, std::vector<at::Tensor>>> groups;

@@ -132,10 +132,10 @@ inline at::Tensor detach_kernel(const at::Tensor& self) {
   return plain(self, "aten::detach").detach();
 }
 
-// TorchScript's autocast pass casts the operands of a product. With autocast on, the product's kernel casts the base and
-// the factors itself.
-inline at::Tensor autocast_kernel(const at::Tensor& self, bool cuda_enabled, bool cpu_enabled, at::ScalarType cuda_dtype,
-                                  at::ScalarType cpu_dtype) {
+// TorchScript's autocast pass casts the operands of a product. With autocast on, the product's kernel casts the base
+// and the factors itself.
+inline at::Tensor autocast_kernel(const at::Tensor& self, bool cuda_enabled, bool cpu_enabled,
+                                  at::ScalarType cuda_dtype, at::ScalarType cpu_dtype) {
   if (at::autocast::is_autocast_enabled(self.device().type())) return self;
   return at::_ops::_autocast_to_reduced_precision::call(plain(self, "aten::_autocast_to_reduced_precision"),
                                                         cuda_enabled, cpu_enabled, cuda_dtype, cpu_dtype);

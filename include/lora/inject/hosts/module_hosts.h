@@ -108,7 +108,11 @@ class ModuleHost final : public Host {
 /// Collects the sites of a C++ model in the order of named_modules(), each module once.
 class ModuleWalk {
  public:
-  ModelSites walk(const torch::nn::Module& root) {
+  ModelSites walk(torch::nn::Module& root) {
+    // A root may stand on the stack, and an adapter needs a module that outlives the call by a name.
+    TORCH_CHECK_VALUE(weights_of(root).empty(), "[lora::inject] found a ", root.name(),
+                      " as the model itself, expected a module that holds it; register it in a module, as in a "
+                      "Sequential, or use LoRALinear for a single Linear");
     for (const auto& parameter : root.named_parameters(/*recurse=*/false)) note_parameter("", parameter);
     children(root, "");
     for (auto& site : found_.sites) find_tie(site);
@@ -137,10 +141,7 @@ class ModuleWalk {
     for (const auto& parameter : parameters) note_parameter(path, parameter);
     if (dynamic_cast<torch::nn::EmbeddingImpl*>(module.get()) != nullptr) embeddings_.push_back(path);
 
-    std::vector<HostWeight> weights;
-    for (auto type = host_types().rbegin(); type != host_types().rend() && weights.empty(); ++type) {
-      weights = (*type)(*module);
-    }
+    auto weights = weights_of(*module);
     if (weights.empty()) found_.others.push_back({path, module->name(), !parameters.is_empty()});
     for (auto& weight : weights) {
       Site site;
@@ -159,6 +160,14 @@ class ModuleWalk {
       found_.sites.push_back(std::move(site));
     }
     children(*module, path);
+  }
+
+  static std::vector<HostWeight> weights_of(torch::nn::Module& module) {
+    std::vector<HostWeight> weights;
+    for (auto type = host_types().rbegin(); type != host_types().rend() && weights.empty(); ++type) {
+      weights = (*type)(module);
+    }
+    return weights;
   }
 
   void children(const torch::nn::Module& module, const std::string& path) {

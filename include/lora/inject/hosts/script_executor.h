@@ -22,9 +22,9 @@ namespace detail {
 /// After its profiling runs the executor builds autodiff subgraphs from the slots' requires_grad, on every thread at
 /// once, and the adapters would get no gradient from then on, silently. The number of profiling runs is the one switch
 /// that holds for all threads and works for models that have run; the plans that exist are thrown away on both ends.
-/// Each session raises it by the same amount and takes that back, so that the sessions of several models, and of several
-/// libraries in one process, need no common state. A plan that any model makes for its first run meanwhile is not
-/// optimised, not even later: right, but slower.
+/// Each session raises it by the same amount and takes that back, so that the sessions of several models, and of
+/// several libraries in one process, need no common state. A plan that any model makes for its first run meanwhile is
+/// not optimised, not even later: right, but slower.
 class ScriptSession final : public ModelReference {
  public:
   explicit ScriptSession(const torch::jit::Module& root) : root_(root) {

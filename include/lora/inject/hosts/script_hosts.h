@@ -48,13 +48,14 @@ class ScriptHost final : public Host {
   void attach(const std::string&, const std::shared_ptr<torch::nn::Module>&) override {}
   void detach(const std::string&) override {}
 
-  /// An optimised plan detaches its inputs. Those of the adapted model are thrown away, that of a model around it is not
-  /// known here.
+  /// An optimised plan detaches its inputs. Those of the adapted model are thrown away, that of a model around it is
+  /// not known here.
   void check_detached() const override {
     if (!c10::GradMode::is_enabled() || torch::jit::currentCallstack().empty()) return;
-    throw StateError("[lora::weight] found TorchScript detaching the adapted weight " + attribute_ +
-                     ", expected none: the adapters would get no gradient; the model around the adapted one was "
-                     "optimised before: inject into the module whose forward is called, or call that one under NoGradGuard");
+    throw StateError(
+        "[lora::weight] found TorchScript detaching the adapted weight " + attribute_ +
+        ", expected none: the adapters would get no gradient; the model around the adapted one was "
+        "optimised before: inject into the module whose forward is called, or call that one under NoGradGuard");
   }
 
  private:
@@ -149,8 +150,8 @@ class ScriptWalk {
 
   /// The tensor that `value` is a transpose or a block of.
   static const torch::jit::Value* origin(const torch::jit::Value* value, bool& transposed) {
-    static const std::set<std::string> blocks{"aten::slice", "aten::narrow", "aten::chunk", "aten::split",
-                                              "aten::split_with_sizes", "prim::ListUnpack"};
+    static const std::set<std::string> blocks{"aten::slice", "aten::narrow",           "aten::chunk",
+                                              "aten::split", "aten::split_with_sizes", "prim::ListUnpack"};
     for (;; value = value->node()->input(0)) {
       const std::string kind = value->node()->kind().toQualString();
       if (kind == "aten::t" || kind == "aten::numpy_T" || kind == "aten::transpose") {
@@ -274,7 +275,7 @@ class ScriptWalk {
   std::map<const void*, std::vector<std::string>> owners_;
   std::vector<std::string> embeddings_;
   std::set<Place> parameters_;
-  std::map<Place, bool> multiplied_;   // whether the product reads it as [in, out]
+  std::map<Place, bool> multiplied_;  // whether the product reads it as [in, out]
   std::set<const void*> frozen_;
 };
 

@@ -25,8 +25,9 @@ class ScriptObject {
   torch::jit::Module module() const {
     auto object = held_ ? weak_.lock() : Pointer();
     if (!object) {
-      throw StateError("[lora::adapters] found a TorchScript module destroyed, or not in the model that adapters_of was "
-                       "called with, expected the model that was injected into");
+      throw StateError(
+          "[lora::adapters] found a TorchScript module destroyed, or not in the model that adapters_of was "
+          "called with, expected the model that was injected into");
     }
     return torch::jit::Module(std::move(object));
   }

@@ -1,0 +1,111 @@
+// Configurations that Python PEFT wrote (tests/golden/configs), and what the library writes of its own.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <lora/io/lora_config_json.h>
+
+#include <string>
+#include <vector>
+
+#include "harness/temp_folder.h"
+
+namespace {
+
+using lora::LoraConfig;
+using lora::detail::Json;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+struct Result {
+  LoraConfig config;
+  std::vector<std::string> problems;
+};
+
+Result read(const Json& json) {
+  Result result;
+  result.config = lora::detail::LoraConfigReader(json, result.problems).read();
+  return result;
+}
+
+Json golden(const std::string& name) {
+  return Json::parse(read_bytes(LORA_SOURCE_DIR "/tests/golden/configs/" + name + "/adapter_config.json"));
+}
+
+std::vector<std::string> texts(const lora::TargetModules& targets) {
+  std::vector<std::string> result;
+  for (const auto& entry : targets.entries()) result.push_back(entry.text);
+  return result;
+}
+
+TEST(LoraConfigJson, MissingKeysHavePeftsDefaults) {
+  const auto result = read(Json{{"peft_type", "LORA"}, {"target_modules", {"up"}}});
+  EXPECT_THAT(result.problems, IsEmpty());
+  EXPECT_EQ(result.config.r(), 8);
+  EXPECT_EQ(result.config.lora_alpha(), 8);
+  EXPECT_EQ(result.config.lora_dropout(), 0);
+  EXPECT_FALSE(result.config.use_rslora());
+  EXPECT_EQ(result.config.init_lora_weights(), lora::LoraInit::kKaiming);
+}
+
+TEST(LoraConfigJson, ReadsEveryKeyOfPefts) {
+  for (const std::string name : {"all_linear", "causal_lm", "defaults", "patterns", "regex"}) {
+    const auto json = golden(name);
+    const auto result = read(json);
+    EXPECT_THAT(result.problems, IsEmpty()) << name;
+    EXPECT_EQ(result.config.r(), json.at("r")) << name;
+    EXPECT_EQ(result.config.lora_alpha(), json.at("lora_alpha")) << name;
+    EXPECT_EQ(result.config.lora_dropout(), json.at("lora_dropout")) << name;
+    EXPECT_EQ(result.config.use_rslora(), json.at("use_rslora")) << name;
+    EXPECT_EQ(result.config.rank_pattern().size(), json.at("rank_pattern").size()) << name;
+    EXPECT_EQ(result.config.alpha_pattern().size(), json.at("alpha_pattern").size()) << name;
+  }
+}
+
+TEST(LoraConfigJson, RefusesByNameWhatItDoesNotCompute) {
+  for (const std::string name : {"layers", "beyond_lora"}) EXPECT_FALSE(read(golden(name)).problems.empty()) << name;
+  EXPECT_THAT(read(golden("layers")).problems, ::testing::Contains(HasSubstr("layers_to_transform")));
+}
+
+TEST(LoraConfigJson, WritesWhatItReads) {
+  const auto config = LoraConfig()
+                          .r(5)
+                          .lora_alpha(2.5)
+                          .use_rslora(true)
+                          .lora_dropout(0.25)
+                          .init_lora_weights(lora::LoraInit::kGaussian)
+                          .target_modules({"c_attn[q,v]", "h.0.fc"})
+                          .exclude_modules("h\\.1\\..*")
+                          .rank_pattern({{"b", 3}, {"a", 4}})
+                          .alpha_pattern({{"z", 1}, {"a", 0.5}})
+                          .fused_parts("c_attn", {{"q", 8}, {"k", 2}, {"v", 2}});
+  const auto result = read(Json::parse(lora::detail::lora_config_json(config).dump()));
+  EXPECT_THAT(result.problems, IsEmpty());
+  const auto& read_back = result.config;
+  EXPECT_EQ(read_back.r(), 5);
+  EXPECT_EQ(read_back.lora_alpha(), 2.5);
+  EXPECT_TRUE(read_back.use_rslora());
+  EXPECT_EQ(read_back.lora_dropout(), 0.25);
+  EXPECT_EQ(read_back.init_lora_weights(), lora::LoraInit::kGaussian);
+  EXPECT_EQ(texts(read_back.target_modules()), texts(config.target_modules()));
+  EXPECT_EQ(texts(read_back.exclude_modules()), texts(config.exclude_modules()));
+  EXPECT_EQ(read_back.rank_pattern(), config.rank_pattern());  // in their order: the first match wins
+  EXPECT_EQ(read_back.alpha_pattern(), config.alpha_pattern());
+  ASSERT_EQ(read_back.fused_parts().size(), 1U);
+  EXPECT_EQ(read_back.fused_parts()[0].second[1].size, 2);
+}
+
+TEST(LoraConfigJson, AWholeAlphaIsWrittenWithoutAPoint) {
+  EXPECT_EQ(lora::detail::lora_config_json(LoraConfig().lora_alpha(16))["lora_alpha"].dump(), "16");
+  EXPECT_EQ(lora::detail::lora_config_json(LoraConfig().lora_alpha(0.5))["lora_alpha"].dump(), "0.5");
+}
+
+TEST(LoraConfigJson, EveryProblemIsTold) {
+  const auto result = read(Json{{"peft_type", "VERA"},
+                                {"r", "x"},
+                                {"lora_alpha", true},
+                                {"use_rslora", 1},
+                                {"target_modules", {{"a", 1}}},
+                                {"tomorrow", "on"}});
+  EXPECT_EQ(result.problems.size(), 6U);
+}
+
+}  // namespace
