@@ -20,6 +20,7 @@
 #include "finetune/error_line.h"    // defines: error_line, an exception in one line
 #include "finetune/figures.h"       // defines: Figures, to_json
 #include "finetune/options.h"       // defines: Options, Method
+#include "finetune/paths.h"         // defines: check_outputs
 #include "finetune/report.h"        // defines: Texts, write_texts, print_report
 #include "training/line_plot.h"     // defines: write_line_plot
 #include "training/peak_memory.h"   // defines: reset_peak_memory, peak_memory_bytes
@@ -137,6 +138,7 @@ int main(int argc, char** argv) try {
   sleep_while_waiting(argv);
   Options options;
   if (const auto exit_code = parse_options(argc, argv, options)) return *exit_code;
+  check_outputs(options.output, options.json);
   at::set_num_threads(options.threads);
   if (options.compare) {
     compare(options);

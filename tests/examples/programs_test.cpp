@@ -33,6 +33,9 @@ struct Outcome {
 class Programs : public testing::Test {
  protected:
   void SetUp() override {
+    // One thread each and no second start: nothing here is worth more, and threads that wait for a core are slow.
+    setenv("OMP_NUM_THREADS", "1", 1);
+    setenv("OMP_WAIT_POLICY", "passive", 1);
     const std::string vocabulary = LORA_SOURCE_DIR "/examples/text/small_vocab";
     torch::manual_seed(5);
     GPT2Config config;
@@ -105,7 +108,8 @@ TEST_F(Programs, ABadFlagIsOneLineAndExitCodeTwo) {
 TEST_F(Programs, AMissingOrBrokenFileIsOneLineAndExitCodeTwo) {
   expect_error(FINETUNE_GPT2 " --model missing", "missing/vocab.json: can't be read");
   expect_error(FINETUNE_GPT2 " --model base --data train.txt --dev missing.txt", "missing.txt");
-  expect_error(usual + "--json none/figures.json", "none/figures.json");
+  expect_error(usual + "--json none/figures.json", "none/figures.json: can't be written");
+  expect_error(finetune + base + "--output train.txt/adapter", "train.txt/adapter: can't be written");
   write_bytes(folder / "broken.txt", "name : A||fine\nno bars\n");
   expect_error(FINETUNE_GPT2 " --model base --dev dev.txt --data broken.txt", "broken.txt: line 2: found no '||'");
   const auto weights = read_bytes(folder / "base/model.safetensors");
