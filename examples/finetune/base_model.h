@@ -79,7 +79,7 @@ inline void pretrain(const Recipe& recipe, const std::string& vocabulary, const 
   options.steps = recipe.steps;
   options.warmup = recipe.warmup;
   options.evaluations = 1;
-  std::cout << "Pre-training a small GPT-2 once, about a minute; it is kept in " << directory << std::endl;
+  std::cout << "Pre-training a small GPT-2 once, two to three minutes; it is kept in " << directory << std::endl;
   // The base is everybody's: neither --seed nor --threads changes it.
   at::manual_seed(1);
   const int threads = at::get_num_threads();
