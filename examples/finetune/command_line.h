@@ -76,7 +76,7 @@ inline std::optional<int> parse_options(int argc, char** argv, Options& options)
          "modules to adapt: names (suffixes) with parts in brackets, such as c_attn[q,v] attn.c_proj, or all-linear")
       ->capture_default_str();
   auto* const lr =
-      app.add_option("--lr", options.lr, "peak learning rate; default: 1e-2 for lora, 1e-3 for lora+ and full")
+      app.add_option("--lr", options.lr, "peak learning rate; default: 1e-2 for lora, 3e-3 for lora+, 1e-3 for full")
           ->check(positive);
   app.add_option("--lora-plus-ratio", options.lora_plus_ratio, "with lora+: lr of B = ratio x lr of A")
       ->check(positive)

@@ -40,5 +40,7 @@ struct Options {
   }
 
   /// The lr that `--compare` finds best for the method in the run without arguments.
-  double learning_rate() const { return lr.value_or(method == Method::kLora ? 1e-2 : 1e-3); }
+  double learning_rate() const {
+    return lr.value_or(method == Method::kLora ? 1e-2 : method == Method::kLoraPlus ? 3e-3 : 1e-3);
+  }
 };
