@@ -66,24 +66,29 @@ def grid(runs):
     return rows
 
 
-def single(figures):
+def e2e(titled):
+    """One column a run."""
     names = {"trainable_parameters": "trained parameters", "total_parameters": "parameters of the base", "dev_loss_before": "dev loss before",
              "dev_loss_after": "dev loss after", "old_domain_loss_before": "old domains, dev loss before",
              "old_domain_loss_after": "old domains, dev loss after", "tokens_per_second": "tokens/s",
              "peak_memory_bytes": "peak memory", "adapter_bytes": "adapter", "merged_max_abs_difference": "merged - unmerged logits, at most"}
-    rows = ["| figure | value |", "|---|---|"]
+    rows = ["| figure | " + " | ".join(titled) + " |", "|---" * (len(titled) + 1) + "|"]
     for key, name in names.items():
-        value = figures[key]
-        text = (size(value) if key.endswith("bytes") else f"{value:,}" if isinstance(value, int)
-                else f"{value:.1e}" if key.startswith("merged") else f"{value:,.0f}" if key.startswith("tokens") else f"{value:.4f}")
-        rows.append(f"| {name} | {text} |")
+        cells = []
+        for figures in titled.values():
+            value = figures[key]
+            cells.append(size(value) if key.endswith("bytes") else f"{value:,}" if isinstance(value, int)
+                         else f"{value:.1e}" if key.startswith("merged") else f"{value:,.0f}" if key.startswith("tokens") else f"{value:.4f}")
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return rows
 
 
 def main():
     read = lambda name: json.loads((DOCS / "figures" / name).read_text(encoding="utf-8"))
     compare = read("finetune_compare.json")["runs"]
-    tables = {"comparison": comparison(compare), "grid": grid(compare), "e2e": single(read("finetune_e2e.json"))}
+    tables = {"comparison": comparison(compare), "grid": grid(compare),
+              "e2e": e2e({"query and value, r = 8, 600 steps": read("finetune_e2e.json"),
+                          "all-linear, r = 16, 1500 steps": read("finetune_e2e_all_linear.json")})}
     before = page = PAGE.read_text(encoding="utf-8")
     for name, rows in tables.items():
         pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.S)

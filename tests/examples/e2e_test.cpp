@@ -56,7 +56,7 @@ TEST(E2e, RefusesAnEmptyFileAndAMissingOne) {
 
 TEST(E2e, ReadsTheRealFiles) {
   const std::string data = LORA_SOURCE_DIR "/../shared/data/e2e";
-  if (!std::filesystem::exists(data)) GTEST_SKIP() << "needs ../shared";
+  if (!std::filesystem::exists(data)) GTEST_SKIP() << "needs ../shared/data/e2e";
   EXPECT_EQ(read_e2e(data + "/train.txt").size(), 4108U);
   EXPECT_EQ(read_e2e(data + "/dev.txt").size(), 564U);
 }

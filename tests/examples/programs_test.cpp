@@ -29,13 +29,32 @@ struct Outcome {
   std::string output, errors;
 };
 
-/// A tiny untrained GPT-2 and a few pairs, so that a run takes a second.
-class Programs : public testing::Test {
+/// Runs programs in a folder of their own.
+class ProgramRuns : public testing::Test {
  protected:
   void SetUp() override {
     // One thread each and no second start: nothing here is worth more, and threads that wait for a core are slow.
     setenv("OMP_NUM_THREADS", "1", 1);
     setenv("OMP_WAIT_POLICY", "passive", 1);
+  }
+
+  Outcome run(const std::string& command) const {
+    const auto status = std::system(
+        ("cd " + folder.path().string() + " && " + command + " >output.txt 2>errors.txt").c_str());  // NOLINT
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_bytes(folder / "output.txt"),
+            read_bytes(folder / "errors.txt")};
+  }
+
+  nlohmann::json json(const std::string& name) const { return nlohmann::json::parse(read_bytes(folder / name)); }
+
+  TempFolder folder;
+};
+
+/// A tiny untrained GPT-2 and a few pairs, so that a run takes a second.
+class Programs : public ProgramRuns {
+ protected:
+  void SetUp() override {
+    ProgramRuns::SetUp();
     const std::string vocabulary = LORA_SOURCE_DIR "/examples/text/small_vocab";
     torch::manual_seed(5);
     GPT2Config config;
@@ -56,13 +75,6 @@ class Programs : public testing::Test {
     usual = finetune + base + steps + adapter;
   }
 
-  Outcome run(const std::string& command) const {
-    const auto status = std::system(
-        ("cd " + folder.path().string() + " && " + command + " >output.txt 2>errors.txt").c_str());  // NOLINT
-    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_bytes(folder / "output.txt"),
-            read_bytes(folder / "errors.txt")};
-  }
-
   /// The run ends with exit code 2 and one line that says `why`.
   void expect_error(const std::string& command, const std::string& why) const {
     const auto outcome = run(command);
@@ -72,9 +84,6 @@ class Programs : public testing::Test {
     EXPECT_EQ(outcome.errors.find('\n'), outcome.errors.size() - 1) << command;
   }
 
-  nlohmann::json json(const std::string& name) const { return nlohmann::json::parse(read_bytes(folder / name)); }
-
-  TempFolder folder;
   std::string finetune, base, steps, adapter, usual;
 };
 
@@ -212,6 +221,28 @@ TEST_F(Programs, TheReadmeHoldsTheQuickstart) {
   const auto program = read_bytes(LORA_SOURCE_DIR "/examples/quickstart.cpp");
   EXPECT_THAT(read_bytes(LORA_SOURCE_DIR "/README.md"), HasSubstr("```cpp\n" + program + "```\n"));
   EXPECT_EQ(std::count(program.begin(), program.end(), '\n'), 40);
+}
+
+using DefaultRun = ProgramRuns;
+
+/// Without a flag for model or data: the base is pre-trained where no run of this build has done it yet.
+TEST_F(DefaultRun, ReachesMostOfFullFineTuningsGainWithFewParameters) {
+  const auto lora = run(FINETUNE_GPT2 " --threads 1 --output lora --json lora.json");
+  ASSERT_EQ(lora.exit_code, 0) << lora.errors;
+  ASSERT_EQ(run(FINETUNE_GPT2 " --threads 1 --method full --output full --json full.json").exit_code, 0);
+  const auto gain = [&](const std::string& name) {
+    const auto figures = json(name);
+    return figures["dev_loss_before"].get<double>() - figures["dev_loss_after"].get<double>();
+  };
+  EXPECT_GT(gain("full.json"), 2.0);
+  EXPECT_GT(gain("lora.json"), 0.9 * gain("full.json"));
+  const auto figures = json("lora.json");
+  EXPECT_LT(figures["trainable_parameters"].get<double>(), 0.03 * figures["total_parameters"].get<double>());
+  EXPECT_EQ(json("full.json")["trainable_parameters"], figures["total_parameters"]);
+  EXPECT_LT(figures["merged_max_abs_difference"].get<double>(), 1e-3);
+  for (const auto* const shown : {"c_attn[q,v]", "\nbefore ", "\nafter ", "\nmerged ", "perplexity"}) {
+    EXPECT_THAT(lora.output, HasSubstr(shown));
+  }
 }
 
 }  // namespace
