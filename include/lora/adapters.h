@@ -6,7 +6,8 @@
 #include <lora/inject/model_adapters.h>
 #include <lora/inject/report.h>
 #include <lora/inject/verify.h>
-#include <lora/io/peft.h>
+#include <lora/io/peft_reader.h>
+#include <lora/io/peft_writer.h>
 #include <lora/merge/merge_sites.h>
 #include <lora/methods/lora.h>
 #include <lora/train/param_groups.h>
@@ -64,7 +65,7 @@ class Adapters {
   void add(const Config& config, const std::string& name) {
     const auto method = std::make_shared<const typename Config::Method>(config);
     const auto lock = state().change("add");
-    state().attach(state().prepare(method, name, state().plan(*method, name, detail::Unmatched::kError), true));
+    state().add(method, name);
   }
   /// Adds an adapter from a PEFT directory, neither active nor trainable. Throws a FormatError with every mismatch.
   void load(const std::string& directory, const std::string& name);
@@ -106,7 +107,6 @@ class Adapters {
   }
 
   std::vector<UpdateTensor> tensors(const std::function<bool(const std::string& adapter)>& chosen) const;
-  void remerge(const detail::Names& active, const detail::Names& merged);
   void check_names(const char* operation, const std::vector<std::string>& names) const;
 
   mutable std::shared_ptr<detail::ModelAdapters> state_;
@@ -140,7 +140,7 @@ template <class Model, class Config>
 Adapters inject(Model& model, const Config& config, const std::string& name = "default") {
   const auto method = std::make_shared<const typename Config::Method>(config);
   const auto state = detail::open_model(model);
-  state->attach(state->prepare(method, name, state->plan(*method, name, detail::Unmatched::kError), true));
+  state->add(method, name);
   state->install({name}, {});
   state->set_trainable({name});
   return Adapters(state);
@@ -150,7 +150,7 @@ Adapters inject(Model& model, const Config& config, const std::string& name = "d
 template <class Model>
 Adapters load(Model& model, const std::string& directory, const std::string& name = "default") {
   const auto state = detail::open_model(model);
-  state->attach(detail::read_adapter(*state, directory, name));
+  state->attach(detail::PeftReader(*state, directory, name).read());
   state->install({name}, {});
   state->set_trainable({});
   return Adapters(state);
@@ -193,7 +193,7 @@ inline std::vector<UpdateTensor> Adapters::tensors(const std::function<bool(cons
       if (updates == nullptr) continue;
       const auto node = detail::join_path(site.module_path, detail::ModelAdapters::node_name(adapter.name));
       for (const auto& part : updates->parts) {
-        const auto child = part.name.empty() ? detail::ModelAdapters::local_name(site) : part.name;
+        const auto child = part.name.empty() ? site.local_name() : part.name;
         for (auto& named : part.update->tensors()) {
           named.name = detail::join_path(detail::join_path(node, child), named.name);
           result.push_back(std::move(named));
@@ -253,11 +253,6 @@ inline void Adapters::check_names(const char* operation, const std::vector<std::
   }
 }
 
-inline void Adapters::remerge(const detail::Names& active, const detail::Names& merged) {
-  auto weights = detail::merge_sites(state().sites(), merged);
-  state().install(active, merged, weights);
-}
-
 inline void Adapters::set_active(const std::vector<std::string>& names) {
   const auto lock = state().change("set_active");
   check_names("set_active", names);
@@ -268,7 +263,7 @@ inline void Adapters::set_active(const std::vector<std::string>& names) {
       merged.push_back(name);
     }
   }
-  remerge(names, merged);
+  state().install(names, merged, detail::merge_sites(state().sites(), merged));
 }
 
 inline void Adapters::set_trainable(const std::vector<std::string>& names) {
@@ -279,7 +274,7 @@ inline void Adapters::set_trainable(const std::vector<std::string>& names) {
 
 inline void Adapters::load(const std::string& directory, const std::string& name) {
   const auto lock = state().change("load");
-  state().attach(detail::read_adapter(state(), directory, name));
+  state().attach(detail::PeftReader(state(), directory, name).read());
 }
 
 inline void Adapters::remove(const std::string& name) {
@@ -289,19 +284,27 @@ inline void Adapters::remove(const std::string& name) {
     state().unload({});
     return;
   }
-  auto active = state().active();
-  active.erase(std::remove(active.begin(), active.end(), name), active.end());
-  set_active(active);
+  const auto without = [&](detail::Names names) {
+    names.erase(std::remove(names.begin(), names.end(), name), names.end());
+    return names;
+  };
+  const auto active = without(state().active());
+  const auto merged = without(state().merged());
+  const auto weights = detail::merge_sites(state().sites(), merged);
+  state().install(active, merged, weights);  // first out of what runs, then out of the model
   state().detach(name);
-  remerge(active, state().merged());
+  state().install(active, merged, weights);  // sites that have no adapter any more become plain
 }
 
 inline void Adapters::save(const std::string& directory) const {
+  if (names().empty()) {
+    throw StateError("[lora::save] found no adapter, expected save() before unload() or merge_and_unload()");
+  }
   for (const auto& name : names()) save(name == "default" ? directory : directory + "/" + name, name);
 }
 
 inline void Adapters::save(const std::string& directory, const std::string& name) const {
-  detail::write_adapter(state(), name, directory);
+  detail::PeftWriter(state(), name).write(directory);
 }
 
 inline MergeReport Adapters::merge() {
@@ -346,22 +349,24 @@ inline void Adapters::unmerge() {
 }
 
 inline void Adapters::unload() {
-  const auto lock = state().change("unload");
+  const auto lock = state().change("unload", /*leaving=*/true);
   state().unload({});
 }
 
 inline void Adapters::merge_and_unload() {
-  const auto lock = state().change("merge_and_unload");
+  const auto lock = state().change("merge_and_unload", /*leaving=*/true);
   state().unload(detail::merge_sites(state().sites(), state().active()));
 }
 
 inline VerifyReport Adapters::verify(const std::function<at::Tensor()>& forward) const {
   const auto lock = state().change("verify");
+  detail::check_no_inference_mode("verify");
   if (!state().merged().empty()) {
     throw StateError("[lora::verify] found merged adapters, expected none; call unmerge() first");
   }
   const auto active = state().active();
-  return detail::verify(tensors([&](const std::string& name) { return detail::contains(active, name); }), forward);
+  return detail::verify(tensors([&](const std::string& name) { return detail::contains(active, name); }), forward,
+                        [this] { state().announce_gradients(); });
 }
 
 LORA_NAMESPACE_END

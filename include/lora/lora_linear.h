@@ -34,7 +34,7 @@ class LoRALinearImpl : public torch::nn::Module {
     detail::ModuleWalk walk;
     const auto state = std::make_shared<detail::ModelAdapters>(
         walk.layer(base_layer.ptr(), "base_layer", /*file_path=*/""), base_layer->parameters(), nullptr);
-    state->attach(state->prepare(method, name, state->plan(*method, name, detail::Unmatched::kError), true));
+    state->add(method, name);
     state->install({name}, {});
     state->set_trainable({name});
   }

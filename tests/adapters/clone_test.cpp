@@ -1,5 +1,6 @@
 // lora::clone: what Module::clone cannot copy.
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <lora/lora.h>
@@ -78,6 +79,23 @@ TEST(Clone, RefusesMergedAdapters) {
   Cloned cloned;
   cloned.adapters->merge();
   EXPECT_THROW(lora::clone(*cloned.net), lora::StateError);
+}
+
+TEST(Clone, OfAPartOfAnAdaptedModelIsRefused) {
+  struct AroundImpl : torch::nn::Module {
+    std::shared_ptr<NetImpl> inner = register_module("inner", std::make_shared<NetImpl>());
+    torch::nn::Linear outer = register_module("outer", torch::nn::Linear(4, 4));
+  } around;
+  const auto adapters = lora::inject(around, lora::LoraConfig().target_modules("all-linear"));
+  EXPECT_THAT([&] { lora::clone(*around.inner); },
+              ::testing::ThrowsMessage<lora::StateError>(::testing::HasSubstr("outside of the given model")));
+}
+
+TEST(Clone, RefusesInferenceMode) {
+  Cloned cloned;
+  const c10::InferenceMode inference;
+  EXPECT_THAT([&] { lora::clone(*cloned.net); },
+              ::testing::ThrowsMessage<lora::StateError>(::testing::HasSubstr("[lora::clone] found InferenceMode")));
 }
 
 TEST(Clone, OfLibTorchStillThrowsOnAHost) {

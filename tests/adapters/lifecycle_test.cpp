@@ -4,13 +4,17 @@
 #include <gtest/gtest.h>
 #include <lora/lora.h>
 #include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/modules/rnn.h>
+#include <torch/nn/modules/transformercoder.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "harness/models.h"
@@ -136,12 +140,117 @@ TEST(Inject, LeavesTheModelAsItWasAfterAnErrorInTheMiddle) {
   EXPECT_NO_THROW(lora::inject(*model, config(), "other"));
 }
 
-TEST(Inject, RefusesLayersThatItCannotReachByName) {
-  torch::nn::Sequential model(torch::nn::LSTM(3, 4), torch::nn::Linear(4, 2));
-  for (const std::string target : {"0"}) {
-    EXPECT_THAT([&] { lora::inject(*model, lora::LoraConfig().target_modules({target})); },
-                ThrowsMessage<c10::ValueError>(AllOf(HasSubstr("LSTM"), HasSubstr("at 0"))));
+/// LoRA whose tensors LibTorch does not take as parameters, for their names hold a dot.
+class DottedUpdate final : public lora::Update {
+ public:
+  explicit DottedUpdate(std::shared_ptr<lora::Update> update) : update_(std::move(update)) {}
+  int64_t in_features() const override { return update_->in_features(); }
+  int64_t out_features() const override { return update_->out_features(); }
+  std::vector<lora::UpdateTensor> tensors() const override {
+    auto tensors = update_->tensors();
+    tensors.back().name = "lora.B";
+    return tensors;
   }
+  at::Tensor product(const at::Tensor& x, const lora::Block& block) const override {
+    return update_->product(x, block);
+  }
+  at::Tensor transposed_product(const at::Tensor& x, const lora::Block& block) const override {
+    return update_->transposed_product(x, block);
+  }
+  lora::LowRank low_rank() const override { return update_->low_rank(); }
+  std::shared_ptr<Update> clone(at::Device) const override { return update_; }
+
+ private:
+  std::shared_ptr<lora::Update> update_;
+};
+
+class DottedMethod;
+struct DottedConfig {
+  using Method = DottedMethod;
+  lora::LoraConfig lora;
+};
+
+class DottedMethod final : public lora::Method {
+ public:
+  explicit DottedMethod(const DottedConfig& config) : lora_(config.lora) {}
+  const char* peft_type() const override { return "DOTTED"; }
+  const lora::Targeting& targeting() const override { return lora_.targeting(); }
+  std::shared_ptr<lora::Update> create(const lora::UpdateSpec& spec) const override {
+    return std::make_shared<DottedUpdate>(lora_.create(spec));
+  }
+  double dropout() const override { return 0; }
+  at::ScalarType tensor_dtype(at::ScalarType base) const override { return base; }
+
+ private:
+  lora::LoRA lora_;
+};
+
+TEST(Inject, TakesBackALayerThatItWasAt) {
+  auto model = make_mlp();
+  const auto before = harness::parameter_state(*model);
+  const auto modules = model->modules().size();
+  EXPECT_THROW(lora::inject(*model, DottedConfig{config()}), c10::Error);
+  EXPECT_EQ(harness::parameter_state(*model), before);
+  EXPECT_EQ(model->modules().size(), modules);
+  EXPECT_NO_THROW(lora::inject(*model, config()));
+}
+
+TEST(Inject, LeavesAloneWhatIsExcluded) {
+  torch::nn::TransformerEncoder encoder(
+      torch::nn::TransformerEncoderOptions(torch::nn::TransformerEncoderLayerOptions(16, 4).dim_feedforward(24), 2));
+  const auto adapters = lora::inject(
+      *encoder, lora::LoraConfig().r(2).target_modules({"self_attn"}).exclude_modules({"layers.0.self_attn"}));
+  const auto report = adapters.report();
+  std::vector<std::string> paths;
+  for (const auto& module : report.entries.front().modules) paths.push_back(module.path);
+  EXPECT_THAT(paths, ElementsAre("layers.1.self_attn.in_proj", "layers.1.self_attn.out_proj"));
+
+  struct Patches : torch::nn::Module {
+    Patches() {
+      register_module("embed", torch::nn::Sequential())->push_back("proj", torch::nn::Conv2d(3, 4, 2));
+      register_module("proj", torch::nn::Linear(4, 4));
+    }
+  } patches;
+  EXPECT_THROW(lora::inject(patches, lora::LoraConfig().target_modules({"proj"})), c10::ValueError);
+  EXPECT_NO_THROW(lora::inject(patches, lora::LoraConfig().target_modules({"proj"}).exclude_modules({"embed.proj"})));
+}
+
+TEST(Changes, AreRefusedForAReplacedLayerUntilItIsUnloaded) {
+  auto model = make_mlp();
+  auto adapters = lora::inject(*model, config());
+  harness::fill(adapters);
+  model->down = model->replace_module("down", torch::nn::Linear(torch::nn::LinearOptions(20, 8).bias(false)));
+  const auto y = model->forward(input()).detach();
+  const auto weight = model->up->weight;
+  for (const std::function<void()>& change : {std::function<void()>([&] { adapters.set_active({}); }),
+                                              {[&] { adapters.merge(); }},
+                                              {[&] { adapters.add(config(), "other"); }}}) {
+    EXPECT_THAT(change,
+                ThrowsMessage<lora::StateError>(AllOf(HasSubstr("found down destroyed"), HasSubstr("unload()"))));
+    EXPECT_THAT(adapters.active(), ElementsAre("default"));
+    EXPECT_TRUE(model->up->weight.is_same(weight));
+    EXPECT_TRUE(at::equal(model->forward(input()), y));
+  }
+  adapters.unload();
+  EXPECT_TRUE(at::equal(model->up->weight, make_mlp()->up->weight));
+  EXPECT_TRUE(model->up->weight.requires_grad());
+  EXPECT_NO_THROW(lora::inject(*model, config()));
+}
+
+TEST(Save, AfterUnloadIsAnError) {
+  auto model = make_mlp();
+  auto adapters = lora::inject(*model, config());
+  adapters.merge_and_unload();
+  EXPECT_THAT([&] { adapters.save("nowhere"); }, ThrowsMessage<lora::StateError>(HasSubstr("before unload()")));
+}
+
+TEST(Inject, RefusesLayersThatItCannotReachByName) {
+  torch::nn::Sequential model(torch::nn::LSTM(3, 4), torch::nn::GRU(4, 4), torch::nn::Linear(4, 2));
+  EXPECT_THAT(
+      [&] {
+        lora::inject(*model, lora::LoraConfig().target_modules({"0", "1"}));
+      },
+      ThrowsMessage<c10::ValueError>(AllOf(HasSubstr("LSTM"), HasSubstr("at 0"), HasSubstr("GRU"), HasSubstr("at 1"))));
   const auto adapters = lora::inject(*model, lora::LoraConfig().target_modules("all-linear"));
   EXPECT_THAT(adapters.named_tensors("default"), ::testing::SizeIs(2));
 }

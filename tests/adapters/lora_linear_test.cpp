@@ -5,8 +5,10 @@
 #include <lora/lora.h>
 
 #include <map>
+#include <memory>
 #include <string>
 
+#include "harness/models.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 #include "oracles/models.h"
@@ -115,6 +117,59 @@ TEST(LoRALinear, OldHandlesFollowToTheModelsOwn) {
   for (const auto& [name, tensor] : of_all.named_parameters()) names.push_back(name);
   EXPECT_THAT(names, ElementsAre("up.base_layer.lora_default.lora_A", "up.base_layer.lora_default.lora_B",
                                  "down.base_layer.lora_default.lora_A", "down.base_layer.lora_default.lora_B"));
+}
+
+TEST(LoRALinear, IsNotJoinedUnderAGuardAndKeepsItsCounts) {
+  Written written;
+  const auto of_up = lora::adapters_of(*written->up);
+  {
+    const lora::DisableAdapters off(of_up);
+    EXPECT_THAT([&] { lora::adapters_of(*written); },
+                ::testing::ThrowsMessage<lora::StateError>(::testing::HasSubstr("found adapters disabled at up")));
+  }
+  written->up->base_layer->weight.clone();
+  const auto of_all = lora::adapters_of(*written);
+  EXPECT_EQ(of_all.fallbacks().at("aten::clone"), 1);
+  const lora::DisableAdapters off(of_up);  // the old handle's guard is the model's
+  harness::fill(of_all);
+  const auto x = harness::normal({5, 12}, 1, at::kFloat);
+  const auto plain = written->forward(x);
+  lora::adapters_of(*written).unload();
+  EXPECT_TRUE(at::equal(written->forward(x), plain));
+}
+
+TEST(LoRALinear, IsNotJoinedWhereItsActiveChoiceDiffers) {
+  Written written;
+  auto of_up = lora::adapters_of(*written->up);
+  of_up.set_active({});
+  EXPECT_THAT([&] { lora::adapters_of(*written); },
+              ::testing::ThrowsMessage<lora::StateError>(::testing::HasSubstr("unlike in other layers")));
+  of_up.set_active({"default"});
+  EXPECT_THAT(lora::adapters_of(*written).active(), ElementsAre("default"));
+}
+
+/// A layer does not know the model around it: its weight may be another module's too.
+TEST(LoRALinear, MergedForGoodLeavesATiedEmbeddingAlone) {
+  torch::nn::Embedding table(5, 4);
+  lora::LoRALinear<> head(
+      torch::nn::Linear(std::shared_ptr<torch::nn::LinearImpl>(harness::TiedHead(table->weight).ptr())),
+      lora::LoraConfig().r(2));
+  auto adapters = lora::adapters_of(*head);
+  harness::fill(adapters);
+  const auto bytes = harness::bytes_of(table->weight);
+  const auto x = harness::normal({3, 4}, 1, at::kFloat);
+  const auto expected = head->forward(x).detach();
+  adapters.merge_and_unload();
+  EXPECT_EQ(harness::bytes_of(table->weight), bytes);
+  EXPECT_LT(harness::largest(head->forward(x) - expected), 1e-5);
+  EXPECT_TRUE(head->named_parameters()["base_layer.weight"].is_same(head->base_layer->weight));
+}
+
+TEST(LoRALinear, AsTheModelItselfHasNoNameForAFile) {
+  const TempFolder folder;
+  lora::LoRALinear<> layer(torch::nn::Linear(4, 6), lora::LoraConfig().r(2));
+  EXPECT_THAT([&] { lora::adapters_of(*layer).save(folder.path()); },
+              ::testing::ThrowsMessage<c10::ValueError>(::testing::HasSubstr("as the model itself")));
 }
 
 TEST(LoRALinear, UnloadsToThePlainLayers) {

@@ -13,6 +13,7 @@
 
 #include "harness/dense_oracle.h"
 #include "harness/models.h"
+#include "harness/temp_folder.h"
 #include "harness/values.h"
 
 namespace {
@@ -150,6 +151,24 @@ TEST(Several, LeaveNothingOfAFailedAddition) {
   EXPECT_EQ(harness::parameter_state(*two.subject.module), before);
   EXPECT_THAT(two.adapters.names(), ElementsAre("default", "other"));
   EXPECT_NO_THROW(two.adapters.add(lora::LoraConfig().target_modules({"up"}), "third"));
+}
+
+TEST(Several, AreAddedAndLoadedWhileOthersAreMerged) {
+  const TempFolder folder;
+  TwoAdapters source;
+  source.adapters.save(folder.path().string(), "other");
+  for (const std::vector<std::string>& merged : {std::vector<std::string>{"default"}, {"default", "other"}}) {
+    TwoAdapters two;
+    two.adapters.set_active({"default", "other"});
+    two.adapters.merge(merged);
+    two.adapters.add(lora::LoraConfig().r(5).target_modules({"up"}), "added");
+    two.adapters.load(folder.path().string(), "loaded");
+    EXPECT_THAT(two.adapters.active(), ElementsAre("default", "other"));
+    EXPECT_EQ(two.adapters.merged(), merged);
+    EXPECT_LT(two.error({"default", "other"}), 1e-13);
+    two.adapters.set_active({"loaded"});
+    EXPECT_LT(harness::relative_error(two.subject.forward(two.x), two.expected({"other"})), 1e-13);
+  }
 }
 
 TEST(Removing, AnActiveAdapterDeactivatesIt) {

@@ -50,6 +50,12 @@ TEST(LoraConfig, RefusesValuesOutOfRangeAndChangesNothing) {
                      [&] {
                        return targeted().fused_parts("up", {{"a.b", 2}});
                      }},
+           BadConfig{"the part \"q\" twice",
+                     [&] {
+                       return targeted().fused_parts("up", {{"q", 4}, {"q", 4}, {"v", 12}});
+                     }},
+           BadConfig{"parts in exclude_modules, \"up[q]\"", [&] { return targeted().exclude_modules({"up[q]"}); }},
+           BadConfig{"no module for \"dwn\" in exclude_modules", [&] { return targeted().exclude_modules({"dwn"}); }},
            BadConfig{"an empty name", [] { return lora::LoraConfig().target_modules({""}); }},
            BadConfig{"an empty part", [] { return lora::LoraConfig().target_modules({"up[q,]"}); }},
            BadConfig{"the part q twice", [] { return lora::LoraConfig().target_modules({"up[q,q]"}); }},

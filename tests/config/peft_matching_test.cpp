@@ -100,6 +100,8 @@ const std::map<std::string, std::string>& stricter() {
       {"regex: a backreference", "found a back-reference"},
       {"regex: the flag for case", "found (?i"},
       {"regex: a named group", "found (?P"},
+      {"exclude: a container excludes nothing below it", "found no module for \"self_attn\" in exclude_modules"},
+      {"exclude: regex is fullmatch", "found no module for \"layers\\.0\" in exclude_modules"},
       {"exclude: ends at a dot as well", "found every module of the target \"q_proj\" in exclude_modules"},
       {"rank: a container's name never matches", "self_attn"},
       {"rank: PEFT's own prefix never matches", "base_model.model.head"}};

@@ -34,6 +34,9 @@ TEST(PythonRegex, MatchesAsPythonDoes) {
                           {R"(\w+\b\.x)", "ab.x", true},
                           {R"([\w.]+)", "a.b_c", true},
                           {R"(a\{)", "a{", true},
+                          {R"(x[{,]y)", "x,y", true},
+                          {R"(x[{,]y)", "x0y", false},
+                          {R"(a\\{,2})", R"(a\\)", true},
                           {"^a$", "a", true},
                           {"", "", true},
                           {"", "a", false}}) {
@@ -48,6 +51,17 @@ TEST(PythonRegex, RefusesWhatItWouldReadDifferently) {
     EXPECT_THAT([&] { PythonRegex{pattern}; }, ThrowsMessage<c10::ValueError>(HasSubstr("[lora::regex] found ")))
         << pattern;
   }
+}
+
+TEST(PythonRegex, RefusesWhatWouldUseUpTheStack) {
+  const size_t many = 100'000;
+  for (const auto& pattern : {std::string(many, '(') + std::string(many, ')'), std::string(many, 'a')}) {
+    EXPECT_THAT([&] { PythonRegex{pattern}; }, ThrowsMessage<c10::ValueError>(HasSubstr("more than 4096 characters")));
+  }
+  EXPECT_THAT([] { PythonRegex{std::string(65, '(') + std::string(65, ')')}; },
+              ThrowsMessage<c10::ValueError>(HasSubstr("nested more than 64 deep")));
+  std::string longest(4096, 'a');
+  EXPECT_TRUE(PythonRegex{longest}.fullmatch(longest));
 }
 
 TEST(PythonRegex, NamesAnInvalidPattern) {

@@ -86,6 +86,7 @@ TEST_P(EveryHost, UnmergesAndSwitchesBitForBit) {
   harness::fill(adapters);
   harness::fill(adapters, "other", 70);
   const auto unmerged = model.forward(x());
+  const auto before = harness::parameter_state(*model.module);
   for (int cycle = 0; cycle < 20; ++cycle) {
     adapters.merge();
     adapters.set_active({"other"});
@@ -93,9 +94,49 @@ TEST_P(EveryHost, UnmergesAndSwitchesBitForBit) {
     adapters.set_active({"default"});
     adapters.unmerge();
   }
+  EXPECT_EQ(harness::parameter_state(*model.module), before);
   EXPECT_TRUE(at::equal(model.forward(x()), unmerged));
   adapters.set_active({});
   EXPECT_TRUE(at::equal(model.forward(x()), frozen().forward(x())));
+}
+
+TEST_P(EveryHost, MergesEachWeightWithOneRounding) {
+  const auto model = subject();
+  auto adapters = lora::inject(*model.module, config(host()));
+  harness::fill(adapters);
+  const harness::DenseOracle oracle(host(), dtype(), adapters, {{"default", kScaling}});
+  const auto expected = oracle.forward(x());
+  const double rounding = 16 * harness::epsilon(dtype());
+  EXPECT_LT(harness::relative_error(model.forward(x()), expected), rounding) << "unmerged";
+  adapters.merge();
+  const auto merged = model.forward(x());
+  EXPECT_LT(harness::relative_error(merged, expected), rounding) << "merged";
+
+  adapters.merge_and_unload();
+  const auto plain = frozen();
+  const at::NoGradGuard no_grad;
+  auto weights = plain.module->named_parameters();
+  for (const auto& named : model.module->named_parameters()) weights[named.key()].copy_(named.value());
+  for (const auto& [name, weight] : oracle.weights()) {
+    EXPECT_LE(harness::excess(weights[name], weight.value, harness::weight_bound(weight, dtype())), 0) << name;
+  }
+  EXPECT_TRUE(at::equal(plain.forward(x()), merged)) << "the plain model with W'";
+}
+
+TEST_P(EveryHost, MergesSomeOfTheActiveAdapters) {
+  const auto model = subject();
+  auto adapters = lora::inject(*model.module, config(host()));
+  adapters.add(config(host()).r(3).lora_alpha(-4), "other");
+  harness::fill(adapters);
+  harness::fill(adapters, "other", 70);
+  adapters.set_active({"default", "other"});
+  const harness::DenseOracle oracle(host(), dtype(), adapters, {{"default", kScaling}, {"other", -4.0 / 3}});
+  const auto expected = oracle.forward(x());
+  for (const auto* merged : {"default", "other"}) {
+    adapters.merge({merged});
+    EXPECT_LT(harness::relative_error(model.forward(x()), expected), 16 * harness::epsilon(dtype())) << merged;
+    adapters.unmerge();
+  }
 }
 
 TEST_P(EveryHost, RestoresParametersOnUnload) {

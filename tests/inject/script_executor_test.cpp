@@ -62,6 +62,67 @@ TEST_F(ScriptExecutor, TheSwitchIsPutBackByUnload) {
   EXPECT_EQ(profiled_runs(), before_);
 }
 
+TEST_F(ScriptExecutor, AMergedModelIsOptimisedAsOneThatNeverHadAnAdapter) {
+  auto plain = harness::script_layers();
+  for (const auto& parameter : plain.parameters()) parameter.set_requires_grad(false);
+  const auto x = x_.clone().requires_grad_(true);
+  harness::warm_up(plain, x);
+  run(plain, x);
+  const auto expected = torch::jit::lastExecutedOptimizedGraph()->toString(false);
+
+  auto model = harness::script_layers();
+  auto adapters = lora::inject(model, both_layers());
+  harness::fill(adapters);
+  const auto y = run(model, x).detach();
+  for (int cycle = 0; cycle < 2; ++cycle) {
+    adapters.merge();
+    EXPECT_EQ(profiled_runs(), before_);
+    harness::warm_up(model, x);
+    EXPECT_TRUE(harness::is_optimised(model));
+    EXPECT_LT(harness::largest(run(model, x) - y), 1e-10);
+    EXPECT_EQ(torch::jit::lastExecutedOptimizedGraph()->toString(false), expected);
+
+    adapters.unmerge();
+    EXPECT_GT(profiled_runs(), before_);
+    for (int i = 0; i < 4; ++i) {
+      run(model, x).sum().backward();
+      for (const auto& [name, tensor] : adapters.named_parameters()) {
+        EXPECT_TRUE(tensor.grad().defined()) << name << ", run " << i;
+        tensor.mutable_grad() = at::Tensor();
+      }
+    }
+  }
+}
+
+TEST_F(ScriptExecutor, APartlyMergedModelKeepsTheGradientsOfTheRest) {
+  auto model = harness::script_layers();
+  auto adapters = lora::inject(model, both_layers());
+  adapters.add(LoraConfig().r(2).target_modules({"up"}), "other");
+  adapters.set_active({"default", "other"});
+  adapters.set_trainable({"other"});
+  adapters.merge({"default"});
+  EXPECT_GT(profiled_runs(), before_);
+  for (int i = 0; i < 4; ++i) {
+    run(model, x_).sum().backward();
+    for (const auto& [name, tensor] : adapters.named_parameters()) {
+      EXPECT_TRUE(tensor.grad().defined()) << name << ", run " << i;
+      tensor.mutable_grad() = at::Tensor();
+    }
+  }
+}
+
+TEST_F(ScriptExecutor, ADeepCopyIsThePlainModelOfWhatIsActive) {
+  auto model = harness::script_layers();
+  auto adapters = lora::inject(model, both_layers());
+  harness::fill(adapters);
+  const auto expected = run(model, x_).detach();
+  auto copy = model.deepcopy();
+  EXPECT_LT(harness::largest(run(copy, x_) - expected), 1e-10);
+  EXPECT_THROW(lora::adapters_of(copy), lora::StateError);
+  adapters.unload();
+  EXPECT_LT(harness::largest(run(copy, x_) - expected), 1e-10);
+}
+
 TEST_F(ScriptExecutor, TheSwitchIsPutBackByMergeAndUnloadAndByTheLastRemove) {
   auto model = harness::script_layers();
   lora::inject(model, both_layers()).merge_and_unload();
@@ -376,6 +437,58 @@ TEST_F(ScriptExecutor, ATiedHeadOfALoadedArchiveIsNoted) {
   lora::adapters_of(model).unload();
   const auto head = lora::inject(model, LoraConfig().target_modules({"lm_head"})).report();
   EXPECT_THAT(head.notes, ::testing::Contains(HasSubstr("lm_head is tied to transformer.wte.weight")));
+}
+
+TEST_F(ScriptExecutor, MergingInInferenceModeGivesWeightsThatGradientsPass) {
+  for (const auto& script : harness::script_cases()) {
+    auto model = script.make();
+    auto adapters = lora::inject(model, LoraConfig().r(2).target_modules(script.targets));
+    {
+      const c10::InferenceMode inference;
+      adapters.merge();
+    }
+    const auto x = harness::normal(script.input, 101).requires_grad_(true);
+    EXPECT_NO_THROW(run(model, x).sum().backward()) << script.name;
+    EXPECT_TRUE(x.grad().defined()) << script.name;
+  }
+}
+
+TEST_F(ScriptExecutor, UnmergingInInferenceModeGivesCarriersThatTrain) {
+  auto model = harness::script_layers();
+  auto adapters = lora::inject(model, both_layers());
+  {
+    const c10::InferenceMode inference;
+    adapters.merge();
+    adapters.unmerge();
+    EXPECT_THROW(adapters.verify([&] { return run(model, x_); }), lora::StateError);
+  }
+  EXPECT_TRUE(adapters.verify([&] { return run(model, x_); }).ok());
+  adapters.set_trainable({});
+  adapters.set_trainable({"default"});
+  run(model, x_).sum().backward();
+  for (const auto& [name, tensor] : adapters.named_parameters()) EXPECT_TRUE(tensor.grad().defined()) << name;
+}
+
+TEST_F(ScriptExecutor, SeveralInjectionsAreNotJoined) {
+  auto model = harness::script_layers();
+  auto up = harness::submodule(model, "body.up"), down = harness::submodule(model, "body.down");
+  const auto any = LoraConfig().r(2).target_script_if([](const auto&, const auto&) { return true; });
+  const auto first = lora::inject(up, any), second = lora::inject(down, any);
+  EXPECT_THAT(message_of([&] { lora::adapters_of(model); }), HasSubstr("adapters of several injections"));
+}
+
+TEST_F(ScriptExecutor, VerifyReachesAnAdapterThatIsNotTrainedAndLeavesItSo) {
+  const TempFolder folder;
+  auto source = torch::jit::load(kScripts + "encoder_scripted.pt");
+  lora::inject(source, LoraConfig().r(3).target_modules("all-linear")).save(folder.path());
+  auto model = torch::jit::load(kScripts + "encoder_scripted.pt");
+  model.eval();
+  const auto x = lora::load_safetensors(kScripts + "encoder_expected.safetensors").at("x");
+  const auto adapters = lora::load(model, folder.path());
+  const auto report = adapters.verify([&] { return run(model, x); });
+  EXPECT_TRUE(report.ok()) << report;
+  EXPECT_THAT(adapters.parameters(), ::testing::IsEmpty());
+  EXPECT_FALSE(run(model, x).requires_grad());
 }
 
 TEST_F(ScriptExecutor, InferenceModeIsRefused) {

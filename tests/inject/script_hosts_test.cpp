@@ -8,12 +8,14 @@
 #include <torch/csrc/jit/serialization/import.h>
 
 #include <map>
+#include <set>
 #include <sstream>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "harness/operators.h"
 #include "harness/script_models.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
@@ -115,6 +117,21 @@ TEST_P(ScriptHosts, OutputsAndGradientsMatchTheOracleOnEveryRun) {
   const at::NoGradGuard no_grad;
   for (int i = 0; i < 3; ++i) EXPECT_LE(difference(run(model_, x_), y), kTolerance) << "without gradient, run " << i;
   EXPECT_THAT(adapters.fallbacks(), ::testing::IsEmpty());
+}
+
+TEST_P(ScriptHosts, NeedNoDenseWeightForwardOrBackward) {
+  std::set<const void*> known;
+  for (const auto& parameter : model_.parameters()) known.insert(parameter.storage().data());
+  const auto adapters = inject_filled();
+  const auto plain = GetParam().make();
+  const auto x = x_.clone().requires_grad_(true);
+  const harness::OperatorRecorder recorder;
+  for (int i = 0; i < 3; ++i) run(model_, x).sum().backward();
+  EXPECT_THAT(recorder.names(), ::testing::Contains("aten::mm"));
+  for (const auto& rows : GetParam().rows) {
+    const auto weight = harness::submodule(plain, rows.module).attr(rows.attribute).toTensor();
+    EXPECT_THAT(recorder.makers_of(weight.size(0), weight.size(1), known), ::testing::IsEmpty()) << rows.attribute;
+  }
 }
 
 TEST_P(ScriptHosts, GradientsAreRightOnEveryThread) {

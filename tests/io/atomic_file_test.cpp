@@ -135,32 +135,26 @@ TEST(AtomicFile, ReplacesALinkAndNotItsTarget) {
   EXPECT_EQ(read_bytes(folder / "link"), "new");
 }
 
-TEST(AtomicFile, FileThatCannotGrowLeavesTheOldOne) {
-  TempFolder folder;
+/// Replacing the file of that name with 200 kB fails with `reason` and leaves it and its folder as they were.
+void expect_no_room(const fs::path& folder, const std::string& reason) {
   const std::string path = folder / "file";
   write_bytes(path, "old");
-  {
-    FileSizeLimit limit(100'000);
-    EXPECT_THAT(error_of([&] { replace(path, std::string(200'000, 'x')); }),
-                ::testing::AllOf(HasSubstr(path), HasSubstr("File too large")));
-  }
+  EXPECT_THAT(error_of([&] { replace(path, std::string(200'000, 'x')); }),
+              ::testing::AllOf(HasSubstr(path), HasSubstr(reason)));
   EXPECT_EQ(read_bytes(path), "old");
-  EXPECT_THAT(names_in(folder.path()), ElementsAre("file"));
+  EXPECT_THAT(names_in(folder), ElementsAre("file"));
 }
 
-TEST(AtomicFile, FullDiskLeavesTheOldOne) {
-  TempFolder folder;
-  const fs::path disk = folder.path() / "disk";
-  fs::create_directory(disk);
-  // Mounting takes root; for others the test above goes the same way through the code.
-  if (::mount("tmpfs", disk.c_str(), "tmpfs", 0, "size=64k") != 0) return;
-  const std::string path = disk / "file";
-  write_bytes(path, "old");
-  EXPECT_THAT(error_of([&] { replace(path, std::string(200'000, 'x')); }),
-              ::testing::AllOf(HasSubstr(path), HasSubstr("No space left on device")));
-  EXPECT_EQ(read_bytes(path), "old");
-  EXPECT_THAT(names_in(disk), ElementsAre("file"));
-  EXPECT_EQ(::umount(disk.c_str()), 0);
+TEST(AtomicFile, AFullDiskLeavesTheOldOne) {
+  TempFolder limited;
+  {
+    FileSizeLimit limit(100'000);
+    expect_no_room(limited.path(), "File too large");
+  }
+  TempFolder disk;  // a real one, where the user may mount it
+  if (::mount("tmpfs", disk.path().c_str(), "tmpfs", 0, "size=64k") != 0) return;
+  expect_no_room(disk.path(), "No space left on device");
+  EXPECT_EQ(::umount(disk.path().c_str()), 0);
 }
 
 TEST(AtomicFile, ReadOnlyFolder) {

@@ -6,6 +6,7 @@
 #include <lora/io/safetensors.h>
 #include <sys/resource.h>
 
+#include <cmath>
 #include <csignal>
 #include <filesystem>
 #include <functional>
@@ -80,6 +81,67 @@ class PeftFolder : public ::testing::Test {
   Mlp model_;
   std::map<std::string, std::string> before_;
 };
+
+TEST_F(PeftFolder, IsNotReplacedByAnAdapterThatDiverged) {
+  const auto config = read_bytes(folder_ / "adapter_config.json");
+  const auto tensors = read_bytes(folder_ / "adapter_model.safetensors");
+  auto adapters = lora::load(*model_, directory_);
+  {
+    const at::NoGradGuard no_grad;
+    adapters.named_tensors("default")[1].second[0][0] = std::nan("");
+    adapters.named_tensors("default")[2].second[0][0] = INFINITY;
+  }
+  EXPECT_THAT([&] { adapters.save(directory_); },
+              ::testing::ThrowsMessage<c10::ValueError>(AllOf(HasSubstr("lora_B, expected finite ones at up"),
+                                                              HasSubstr("lora_A, expected finite ones at down"),
+                                                              HasSubstr("nothing was written"))));
+  EXPECT_EQ(read_bytes(folder_ / "adapter_config.json"), config);
+  EXPECT_EQ(read_bytes(folder_ / "adapter_model.safetensors"), tensors);
+}
+
+TEST_F(PeftFolder, WithTensorsOfOtherTypes) {
+  edit_tensors([](Tensors& tensors) { tensors[kUpA] = tensors[kUpA].to(at::kDouble); });
+  lora::load(*model_, directory_).unload();
+  edit_tensors([](Tensors& tensors) { tensors[kUpA] = at::full_like(tensors[kUpA], 1e300); });
+  EXPECT_THAT(problems(), ::testing::ElementsAre(AllOf(HasSubstr("beyond the range of Float"), HasSubstr("at up"))));
+  edit_tensors([](Tensors& tensors) {
+    tensors[kUpA] = at::zeros(tensors[kUpA].sizes(), at::kFloat8_e4m3fn);
+    tensors[kUpB] = tensors[kUpB].to(at::kInt);
+  });
+  EXPECT_THAT(problems(),
+              ::testing::ElementsAre(HasSubstr("F64, F32, F16 or BF16 in " + kUpA), HasSubstr("found the type Int")));
+}
+
+TEST_F(PeftFolder, WithJsonOrPatternsNestedWithoutEnd) {
+  const auto good = read_bytes(folder_ / "adapter_config.json");
+  const size_t depth = 100'000;
+  const auto nested = std::string(depth, '[') + std::string(depth, ']');
+  write_bytes(folder_ / "adapter_config.json", R"({"peft_type":"LORA","x":)" + nested + "}");
+  EXPECT_THAT(problems(), ::testing::ElementsAre(HasSubstr("nested more than 16 deep")));
+  for (const auto* key : {"target_modules", "exclude_modules"}) {
+    for (const auto& pattern : {std::string(depth, '(') + std::string(depth, ')'), std::string(depth, 'a'),
+                                std::string(100, '(') + "up" + std::string(100, ')')}) {
+      write_bytes(folder_ / "adapter_config.json", good);
+      edit_config([&](json& config) { config[key] = pattern; });
+      EXPECT_THAT(problems(), ::testing::ElementsAre(HasSubstr("found ")));
+    }
+  }
+  write_bytes(folder_ / "adapter_config.json", good);
+  auto file = lora::load_safetensors_with_metadata(folder_ / "adapter_model.safetensors");
+  for (const auto* key : {"lora.config", "lora.scaling"}) {
+    auto metadata = file.metadata;
+    metadata[key] = "{\"r\":" + nested + "}";
+    Tensors copies;
+    for (const auto& [name, tensor] : file.tensors) copies[name] = tensor.clone();
+    lora::save_safetensors(copies, folder_ / "adapter_model.safetensors", metadata);
+    EXPECT_THAT(problems(), ::testing::ElementsAre(HasSubstr("nested more than 16 deep"))) << key;
+  }
+}
+
+TEST_F(PeftFolder, WithAPatternThatIsNone) {
+  edit_config([](json& config) { config["rank_pattern"] = {{"(up", 2}}; });
+  EXPECT_THAT(problems(), ::testing::ElementsAre(HasSubstr("(up")));
+}
 
 TEST_F(PeftFolder, LoadsAsItIs) { EXPECT_EQ(lora::load(*model_, directory_).names().size(), 1U); }
 
@@ -252,6 +314,15 @@ TEST_F(PeftSave, AConfigOfAnotherSaveIsFound) {
     EXPECT_THAT(error.problems(), ::testing::ElementsAre(AllOf(HasSubstr("lora_alpha = 7"), HasSubstr("expected 14"),
                                                                HasSubstr("do not belong together"))));
   }
+}
+
+TEST_F(PeftSave, AConfigWhoseKeysWereSortedLoads) {
+  injected(LoraConfig().r(3).target_modules({"up", "down"}).rank_pattern({{"up", 2}, {"down", 4}}))
+      .save(folder_.path());
+  write_bytes(folder_ / "adapter_config.json", config().dump());
+  ASSERT_EQ(nlohmann::ordered_json::parse(read_bytes(folder_ / "adapter_config.json"))["rank_pattern"].size(), 1U);
+  Mlp other;
+  EXPECT_NO_THROW(lora::load(*other, folder_.path()));
 }
 
 TEST_F(PeftSave, AFullDiskLeavesBothOldFiles) {

@@ -126,6 +126,10 @@ TEST(Safetensors, MetadataComesBack) {
   EXPECT_EQ(lora::load_safetensors_with_metadata(path).metadata, metadata);
   lora::save_safetensors({}, path, {});
   EXPECT_TRUE(lora::load_safetensors_with_metadata(path).metadata.empty());
+  for (const auto& [name, text] : std::map<std::string, std::string>{{"\xff", "a"}, {"a", "\xff"}}) {
+    EXPECT_THROW(lora::save_safetensors({{"a", torch::ones({1})}}, path, {{name, text}}), lora::FormatError);
+  }
+  EXPECT_TRUE(lora::load_safetensors_with_metadata(path).metadata.empty()) << "the old file";
   EXPECT_EQ(read_bytes(path), file_bytes("{}      ", ""));
 }
 

@@ -5,6 +5,8 @@
 #include <lora/lora.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <array>
+#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <map>
@@ -80,6 +82,47 @@ TEST(Threads, DisableAdaptersForThemselvesOnly) {
     }
   });
   EXPECT_THAT(wrong, ::testing::Each(0));
+}
+
+TEST(Threads, SeeTheOldOrTheNewAdapterWhileAnotherOneSwitches) {
+  Mlp model = (torch::manual_seed(7), Mlp());
+  auto adapters = lora::inject(*model, lora::LoraConfig().r(2).target_modules({"up"}));
+  adapters.add(lora::LoraConfig().r(3).target_modules({"up"}), "other");
+  harness::fill(adapters);
+  harness::fill(adapters, "other", 70);
+  const at::NoGradGuard no_grad;
+  const auto x = harness::normal({5, 12}, 3, at::kFloat);
+  const auto first = model->forward(x);
+  adapters.set_active({"other"});
+  const auto second = model->forward(x);
+  ASSERT_FALSE(at::equal(first, second));
+
+  const auto member = model->up->weight;
+  std::atomic<int> running{4};
+  std::array<int, 4> torn{};
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < torn.size(); ++i) {
+    threads.emplace_back([&, i] {
+      const at::NoGradGuard no_grad_here;
+      for (int run = 0; run < 2000; ++run) {
+        const auto y = model->forward(x);
+        torn[i] += at::equal(y, first) || at::equal(y, second) ? 0 : 1;
+      }
+      --running;
+    });
+  }
+  int switches = 0;
+  while (running != 0) {
+    try {
+      adapters.set_active({switches % 2 == 0 ? "default" : "other"});
+      ++switches;
+    } catch (const lora::StateError&) {  // a kernel was running
+    }
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_THAT(torn, ::testing::Each(0));
+  EXPECT_GT(switches, 0);
+  EXPECT_TRUE(model->up->weight.is_same(member)) << "a forward may hold the tensor that it replaces";
 }
 
 /// Lets a kernel wait inside its product until it is let go.

@@ -9,8 +9,10 @@
 #include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/linear.h>
+#include <torch/optim/sgd.h>
 #include <torch/serialize.h>
 
+#include <array>
 #include <functional>
 #include <map>
 #include <memory>
@@ -89,6 +91,13 @@ TEST(Autocast, RunsInBFloat16AsThePlainModelWithGradientsInFloat32) {
     EXPECT_EQ(tensor.grad().scalar_type(), at::kFloat) << name;
     EXPECT_GT(harness::largest(tensor.grad()), 0) << name;
   }
+}
+
+TEST(Autocast, LeavesTheDenseWeightOfAFallbackInItsDtype) {
+  const AdaptedMlp adapted;
+  const auto expected = adapted.weight().clone();
+  const Autocast autocast;
+  EXPECT_TRUE(at::equal(adapted.weight().clone(), expected));
 }
 
 TEST(NoGrad, GivesTheSameOutput) {
@@ -202,6 +211,49 @@ TEST(DirectAccess, IsAnErrorWithAHint) {
   }
   EXPECT_EQ(plain.sizes(), adapted.base().sizes());
   EXPECT_TRUE(at::equal(plain, at::zeros({20, 12})));
+}
+
+/// Another library's tensor on the same dispatch key.
+class ForeignImpl final : public c10::TensorImpl {
+ public:
+  ForeignImpl()
+      : c10::TensorImpl(c10::DispatchKeySet(lora::detail::kAdaptedWeightKey), caffe2::TypeMeta::Make<float>(),
+                        c10::Device(at::kCPU)) {
+    const std::array<int64_t, 2> sizes{20, 12};
+    set_sizes_contiguous(c10::IntArrayRef(sizes));
+  }
+};
+
+TEST(ForeignTensors, OnTheSameKeyAreAnErrorThatSaysSo) {
+  const AdaptedMlp adapted;
+  const auto foreign = at::detail::make_tensor<ForeignImpl>();
+  const std::map<std::string, std::function<void()>> uses{
+      {"linear", [&] { at::linear(input(), foreign); }},
+      {"matmul", [&] { at::matmul(input(), foreign); }},
+      {"t", [&] { foreign.t(); }},
+      {"narrow", [&] { foreign.narrow(0, 0, 2); }},
+      {"relu", [&] { foreign.relu(); }},
+      {"stack",
+       [&] {
+         at::stack({adapted.weight(), foreign});
+       }},
+  };
+  for (const auto& [name, use] : uses) {
+    EXPECT_THAT(use, ThrowsMessage<lora::StateError>(HasSubstr("the two libraries cannot work in one process")))
+        << name;
+  }
+}
+
+/// The member is no parameter: what an optimizer does to it is lost, as guide.md says.
+TEST(Optimizer, OverTheMemberChangesNothing) {
+  AdaptedMlp adapted;
+  const auto before = harness::base_bytes(*adapted.model);
+  const auto expected = adapted.model->forward(input()).detach();
+  torch::optim::SGD optimizer(std::vector<at::Tensor>{adapted.weight()}, torch::optim::SGDOptions(1));
+  adapted.model->forward(input()).sum().backward();
+  optimizer.step();
+  EXPECT_EQ(harness::base_bytes(*adapted.model), before);
+  EXPECT_TRUE(at::equal(adapted.model->forward(input()), expected));
 }
 
 TEST(DirectAccess, ReadsTheDenseWeightByOperators) {

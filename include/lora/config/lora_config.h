@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -87,9 +88,16 @@ class LoraConfig {
                       ", expected a probability p with 0 <= p < 1");
     for (const auto& [pattern, rank] : rank_pattern()) check_rank(rank, "rank_pattern[\"" + pattern + "\"]");
     for (const auto& [pattern, alpha] : alpha_pattern()) check_alpha(alpha, "alpha_pattern[\"" + pattern + "\"]");
+    for (const auto& entry : exclude_modules().entries()) {
+      TORCH_CHECK_VALUE(entry.parts.empty(), "[lora::LoraConfig] found parts in exclude_modules, \"", entry.text,
+                        "\", expected modules; choose parts by target_modules");
+    }
     for (const auto& [name, parts] : fused_parts()) {
       TORCH_CHECK_VALUE(!parts.empty(), "[lora::LoraConfig] found no parts in fused_parts(\"", name, "\")");
+      std::set<std::string> known;
       for (const auto& part : parts) {
+        TORCH_CHECK_VALUE(known.insert(part.name).second, "[lora::LoraConfig] found the part \"", part.name,
+                          "\" twice in fused_parts(\"", name, "\"), expected a name for each range of rows");
         TORCH_CHECK_VALUE(!part.name.empty() && part.name.find('.') == std::string::npos && part.size > 0,
                           "[lora::LoraConfig] found the part {\"", part.name, "\", ", part.size, "} in fused_parts(\"",
                           name, "\"), expected a name without dots and a positive number of rows");

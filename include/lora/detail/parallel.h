@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,7 +24,10 @@ void parallel_tasks(int64_t count, const Task& task) {
   };
   const auto helpers = std::min<int64_t>(at::get_num_threads(), count) - 1;
   std::vector<std::thread> threads;
-  for (int64_t i = 0; i < helpers; ++i) threads.emplace_back(work);
+  try {
+    for (int64_t i = 0; i < helpers; ++i) threads.emplace_back(work);
+  } catch (const std::system_error&) {  // the system gives no more threads: those that there are do the work
+  }
   work();
   for (auto& thread : threads) thread.join();
 }

@@ -20,9 +20,9 @@ namespace detail {
 class PythonRegex {
  public:
   explicit PythonRegex(std::string pattern) : pattern_(std::move(pattern)) {
-    check_dialect();
+    const auto translation = translated();
     try {
-      regex_ = std::regex(translated(), std::regex::ECMAScript);
+      regex_ = std::regex(translation, std::regex::ECMAScript);
     } catch (const std::regex_error& error) {
       TORCH_CHECK_VALUE(false, "[lora::regex] found the pattern \"", pattern_,
                         "\", expected a valid regular expression: ", error.what());
@@ -40,11 +40,17 @@ class PythonRegex {
         "target_if");
   }
 
-  void check_dialect() const {
+  /// The pattern for std::regex; what that would read differently is refused.
+  std::string translated() const {
+    // std::regex compiles by recursion: these keep a pattern out of a file from using up the stack.
+    if (pattern_.size() > kLongest) refuse("more than " + std::to_string(kLongest) + " characters");
+    std::string result;
     bool in_class = false;
+    int depth = 0;
     for (size_t i = 0; i < pattern_.size(); ++i) {
       const char c = pattern_[i];
       const char next = i + 1 < pattern_.size() ? pattern_[i + 1] : '\0';
+      result += c;
       if (c == '\\') {
         if (next == '\0') refuse("a trailing backslash");
         // A letter behind a backslash is either one of these or reads differently in the two dialects.
@@ -53,27 +59,36 @@ class PythonRegex {
           refuse(std::string("\\") + next);
         }
         if (std::isdigit(static_cast<unsigned char>(next))) refuse("a back-reference or octal escape");
+        result += next;
         ++i;
       } else if (in_class) {
         if (c == ']') in_class = false;
         if (c == '[' && (next == ':' || next == '.' || next == '=')) refuse("a POSIX class");
       } else if (c == '[') {
         in_class = true;
-        if (next == '^') ++i;
+        if (next == '^') {
+          result += next;
+          ++i;
+        }
         // A leading ']' is a literal in Python and ends an empty class in ECMAScript.
         if (i + 1 < pattern_.size() && pattern_[i + 1] == ']') refuse("a class that begins with ']'");
-      } else if (c == '(' && next == '?') {
-        const char kind = i + 2 < pattern_.size() ? pattern_[i + 2] : '\0';
-        if (kind != ':' && kind != '=' && kind != '!') refuse(std::string("(?") + kind);
+      } else if (c == '(') {
+        if (++depth > kDeepest) refuse("groups nested more than " + std::to_string(kDeepest) + " deep");
+        const char kind = next == '?' && i + 2 < pattern_.size() ? pattern_[i + 2] : '\0';
+        if (next == '?' && kind != ':' && kind != '=' && kind != '!') refuse(std::string("(?") + kind);
+      } else if (c == ')') {
+        --depth;
       } else if ((c == '*' || c == '+' || c == '?' || c == '}') && next == '+') {
         refuse("a possessive quantifier");
-      } else if (c == '{' && !is_quantifier(i)) {
-        refuse("a '{' that is no quantifier");
+      } else if (c == '{') {
+        if (!is_quantifier(i)) refuse("a '{' that is no quantifier");
+        if (next == ',') result += '0';  // Python's {,n}
       }
     }
+    return result;
   }
 
-  /// True for {m}, {m,} and {m,n} at `begin`; Python's {,n} is written out by translated().
+  /// True for {m}, {m,}, {,n} and {m,n} at `begin`.
   bool is_quantifier(size_t begin) const {
     size_t i = begin + 1;
     bool digits = false;
@@ -85,15 +100,8 @@ class PythonRegex {
     return digits && i < pattern_.size() && pattern_[i] == '}';
   }
 
-  std::string translated() const {
-    std::string result;
-    for (size_t i = 0; i < pattern_.size(); ++i) {
-      result += pattern_[i];
-      const bool escaped = i > 0 && pattern_[i - 1] == '\\' && !(i > 1 && pattern_[i - 2] == '\\');
-      if (pattern_[i] == '{' && !escaped && i + 1 < pattern_.size() && pattern_[i + 1] == ',') result += '0';
-    }
-    return result;
-  }
+  static constexpr size_t kLongest = 4096;
+  static constexpr int kDeepest = 64;
 
   std::string pattern_;
   std::regex regex_;

@@ -9,7 +9,7 @@ namespace detail {
 
 /// The dispatch key of adapted weights: above autograd and autocast and used by no backend. LibTorch keeps it for its
 /// tests; a second user in the same process is found by registrar.h.
-constexpr c10::DispatchKey kAdaptedWeightKey = c10::DispatchKey::TESTING_ONLY_GenericWrapper;
+inline constexpr c10::DispatchKey kAdaptedWeightKey = c10::DispatchKey::TESTING_ONLY_GenericWrapper;
 
 }  // namespace detail
 LORA_NAMESPACE_END

@@ -4,8 +4,11 @@
 #include <lora/inject/find.h>
 #include <lora/inject/model_adapters.h>
 #include <lora/version.h>
+#include <lora/weight/adapter_node.h>
+#include <lora/weight/host.h>
 #include <torch/nn/module.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <optional>
@@ -19,14 +22,36 @@ namespace detail {
 /// Takes the carriers and nodes out of a model for its lifetime.
 class PlainModel {
  public:
-  explicit PlainModel(ModelAdapters& adapters) : adapters_(adapters), nodes_(adapters.suspend()) {}
-  ~PlainModel() { adapters_.resume(nodes_); }
+  explicit PlainModel(ModelAdapters& adapters) : adapters_(adapters) {
+    for (auto& site : adapters_.sites()) {
+      if (site.weight == nullptr) continue;
+      site.host->set_weight(site.weight->base());
+      for (const auto& adapter : site.adapters) {
+        const auto node = adapter.node.lock();
+        const bool known =
+            std::any_of(nodes_.begin(), nodes_.end(), [&](const HungNode& hung) { return hung.node == node; });
+        if (node == nullptr || known) continue;
+        site.host->detach(node->name());
+        nodes_.push_back({site.host, node});
+      }
+    }
+  }
+  ~PlainModel() {
+    for (const auto& [host, node] : nodes_) host->attach(node->name(), node);
+    adapters_.install(adapters_.active(), {});
+  }
   PlainModel(const PlainModel&) = delete;
   PlainModel& operator=(const PlainModel&) = delete;
 
  private:
+  /// A node with the host that it hangs below.
+  struct HungNode {
+    std::shared_ptr<Host> host;
+    std::shared_ptr<AdapterNode> node;
+  };
+
   ModelAdapters& adapters_;
-  std::vector<ModelAdapters::HungNode> nodes_;
+  std::vector<HungNode> nodes_;
 };
 
 /// The plain copy of a model, with the requires_grad flags that its parameters had before the injection.
@@ -54,6 +79,7 @@ template <class Model>
 std::shared_ptr<Model> clone(const Model& model, const std::optional<torch::Device>& device = std::nullopt) {
   const auto adapters = detail::adapters_of(static_cast<const torch::nn::Module&>(model));
   const auto lock = adapters->change("clone");
+  detail::check_no_inference_mode("clone");
   if (!adapters->merged().empty()) {
     throw StateError("[lora::clone] found merged adapters, expected none; call unmerge() first");
   }
@@ -69,7 +95,12 @@ std::shared_ptr<Model> clone(const Model& model, const std::optional<torch::Devi
     for (const auto& site : adapters->sites()) {
       const auto* updates = site.find(adapter.name);
       if (updates == nullptr) continue;
-      const auto target = index.at(detail::join_path(root, site.path));
+      const auto found = index.find(detail::join_path(root, site.path));
+      if (found == index.end()) {
+        throw StateError("[lora::clone] found an adapter at " + site.path +
+                         " outside of the given model, expected the model that was injected into");
+      }
+      const auto target = found->second;
       auto copied = std::make_shared<detail::WeightAdapter>(*updates);
       for (auto& part : copied->parts) part.update = part.update->clone(state->sites()[target].base().device());
       prepared.updates.emplace_back(target, std::move(copied));

@@ -10,6 +10,7 @@
 #include <torch/nn/module.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -80,9 +81,38 @@ inline std::set<const void*> objects_of(const torch::jit::Module& model) {
   return objects;
 }
 
+/// Throws a StateError where the adapters of several injections cannot become one set.
+inline void check_joinable(const std::vector<FoundAdapters>& found) {
+  std::map<std::string, bool> active;
+  for (const auto& [adapters, root] : found) {
+    if (!adapters->sites().front().host->takes_nodes()) {
+      throw StateError(
+          "[lora::adapters_of] found TorchScript adapters of several injections, expected one; inject into the model "
+          "as "
+          "a whole");
+    }
+    if (adapters->calls()->disabled_anywhere()) {
+      throw StateError("[lora::adapters_of] found adapters disabled at " + root +
+                       ", expected no DisableAdapters guard alive where adapters are joined");
+    }
+    if (!adapters->merged().empty()) {
+      throw StateError("[lora::adapters_of] found merged adapters at " + root +
+                       ", expected none; call unmerge() first");
+    }
+    for (const auto& adapter : adapters->adapters()) {
+      const bool is_active = contains(adapters->active(), adapter.name);
+      if (active.emplace(adapter.name, is_active).first->second == is_active) continue;
+      throw StateError("[lora::adapters_of] found \"" + adapter.name +
+                       (is_active ? "\" active at " : "\" inactive at ") + root +
+                       " unlike in other layers, expected one choice for the model; call set_active there first");
+    }
+  }
+}
+
 /// Makes one set of adapters out of those of the modules that are written with LoRALinear, with paths from the root.
 /// The old handles follow to the new set.
 inline std::shared_ptr<ModelAdapters> join_adapters(std::vector<FoundAdapters> found) {
+  check_joinable(found);
   auto joined = std::make_shared<ModelAdapters>(ModelSites{}, std::vector<at::Tensor>{}, nullptr);
   for (auto& part : found) joined->join(*part.adapters, part.root);
   return joined;

@@ -4,6 +4,7 @@
 #include <c10/core/InferenceMode.h>
 #include <lora/detail/error.h>
 #include <lora/inject/plan.h>
+#include <lora/inject/prepare.h>
 #include <lora/inject/report.h>
 #include <lora/inject/site.h>
 #include <lora/methods/method.h>
@@ -30,13 +31,12 @@ inline bool contains(const Names& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
-/// An adapter that is made and checked but not yet in the model.
-struct PreparedAdapter {
-  std::string name;
-  std::shared_ptr<const Method> method;
-  InjectionReport report;
-  std::vector<std::pair<size_t, std::shared_ptr<WeightAdapter>>> updates;  // site index, updates
-};
+/// Throws a StateError in InferenceMode.
+inline void check_no_inference_mode(const char* operation) {
+  if (!c10::InferenceMode::is_enabled()) return;
+  throw StateError(std::string("[lora::") + operation +
+                   "] found InferenceMode enabled, expected it off: tensors made in it get no gradient");
+}
 
 class ModelAdapters;
 
@@ -57,8 +57,8 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     bool trainable = false;
   };
 
-  /// `parameters` are all parameters of the model; `session` lives until unload (TorchScript's executor switch).
-  ModelAdapters(ModelSites model, std::vector<at::Tensor> parameters, std::shared_ptr<ModelReference> session)
+  /// `parameters` are all parameters of the model; `session` is told while there are carriers in it, null: nobody.
+  ModelAdapters(ModelSites model, std::vector<at::Tensor> parameters, std::shared_ptr<CarrierSession> session)
       : model_(std::move(model)), session_(std::move(session)) {
     std::set<const c10::TensorImpl*> known;  // a model lists a tied weight under each of its names
     for (auto& parameter : parameters) {
@@ -87,8 +87,10 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     return *found;
   }
 
-  /// Holds the model's adapters still: one change at a time and none while a kernel of another thread runs.
-  std::unique_lock<std::recursive_mutex> change(const char* operation) {
+  /// Holds the model's adapters still: one change at a time and none while a kernel of another thread runs. Throws a
+  /// StateError where a host is gone, unless the change is to leave the model and passes over layers that were
+  /// replaced.
+  std::unique_lock<std::recursive_mutex> change(const char* operation, bool leaving = false) {
     std::unique_lock<std::recursive_mutex> lock(mutex_);
     if (unloaded_) {
       throw StateError(std::string("[lora::") + operation +
@@ -99,9 +101,11 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
                        "] found a forward running in another thread, expected none while adapters change");
     }
     for (const auto& site : model_.sites) {
-      if (site.weight == nullptr || site.host->takes_nodes() || site.host->alive()) continue;
-      throw StateError(std::string("[lora::") + operation + "] found " + site.path +
-                       " destroyed, or not in the model that adapters_of was called with, expected the whole model");
+      if (site.weight == nullptr || site.host->alive() || (leaving && site.host->takes_nodes())) continue;
+      throw StateError(
+          std::string("[lora::") + operation + "] found " + site.path +
+          " destroyed, or not in the model that adapters_of was called with, expected the whole model; unload() "
+          "leaves what is there");
     }
     if (!merged_.empty()) follow_moves();
     return lock;
@@ -139,10 +143,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   /// Chooses the sites for an adapter; the model is not touched.
   Plan plan(const Method& method, const std::string& name, Unmatched unmatched) const {
     check_name(name);
-    if (c10::InferenceMode::is_enabled()) {
-      throw StateError(
-          "[lora::inject] found InferenceMode enabled, expected it off: tensors made in it get no gradient");
-    }
+    check_no_inference_mode("inject");
     auto plan = Planner(model_, method.targeting(), unmatched).plan();
     std::vector<std::vector<std::string>> names;
     for (const auto& planned : plan.sites) names.push_back(names_of(model_.sites[planned.site]));
@@ -156,38 +157,9 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     return plan;
   }
 
-  /// Makes the updates of a planned adapter, without values where they are not to be `initialise`d; the model is not
-  /// touched.
-  PreparedAdapter prepare(const std::shared_ptr<const Method>& method, const std::string& name, const Plan& plan,
-                          bool initialise) const {
-    PreparedAdapter prepared{name, method, {}, {}};
-    std::map<size_t, InjectionReport::Module> modules;
-    for (const auto& planned : plan.sites) {
-      const auto& site = model_.sites[planned.site];
-      const auto base = site.base_matrix();
-      const auto options = base.options().dtype(method->tensor_dtype(base.scalar_type())).requires_grad(false);
-      auto adapter = std::make_shared<WeightAdapter>();
-      adapter->adapter = name;
-      adapter->dropout = method->dropout();
-      InjectionReport::Module module{site.path, "", base.size(0), base.size(1), 0};
-      for (const auto& part : planned.parts) {
-        adapter->parts.push_back(
-            {part.name, part.begin, method->create({names_of(site), base.size(1), part.size, options, initialise})});
-        if (!part.name.empty()) module.parts += (module.parts.empty() ? "" : ",") + part.name;
-        for (const auto& named : adapter->parts.back().update->tensors()) module.parameters += named.tensor.numel();
-      }
-      if (!module.parts.empty()) module.parts = "[" + module.parts + "]";
-      prepared.updates.emplace_back(planned.site, std::move(adapter));
-      modules[planned.site] = std::move(module);
-    }
-    prepared.report.adapter = name;
-    prepared.report.notes = plan.notes;
-    for (const auto& entry : plan.entries) {
-      InjectionReport::Entry lines{entry.target, {}};
-      for (const auto site : entry.sites) lines.modules.push_back(modules.at(site));
-      prepared.report.entries.push_back(std::move(lines));
-    }
-    return prepared;
+  /// Makes a new adapter and puts it into the model, neither active nor trainable.
+  void add(const std::shared_ptr<const Method>& method, const std::string& name) {
+    attach(prepare(model_.sites, method, name, plan(*method, name, Unmatched::kError), /*initialise=*/true));
   }
 
   /// Puts a prepared adapter into the model, neither active nor trainable. On an exception the model is as before.
@@ -214,7 +186,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     for (auto& site : model_.sites) {
       const auto end = std::remove_if(site.adapters.begin(), site.adapters.end(), [&](const Site::Adapter& adapter) {
         if (adapter.updates->adapter != name) return false;
-        if (adapter.node.lock() != nullptr && !contains(done, site.module_path)) {
+        if (adapter.node.lock() != nullptr && site.host->alive() && !contains(done, site.module_path)) {
           done.push_back(site.module_path);
           site.host->detach(node_name(name));
         }
@@ -244,21 +216,32 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   /// Makes `active` the active adapters. `weights` holds the merged W′ of sites by index, `merged` the adapters in
   /// them; a site without one goes back to W0.
   void install(const Names& active, const Names& merged, const std::map<size_t, at::Tensor>& weights = {}) {
-    for (size_t i = 0; i < model_.sites.size(); ++i) {
-      auto& site = model_.sites[i];
-      if (site.weight == nullptr) continue;
-      const auto merged_weight = weights.find(i);
+    const auto unmerged_at = [&](const Site& site) {
       std::vector<std::shared_ptr<const WeightAdapter>> unmerged;
       for (const auto& name : active) {
         for (const auto& adapter : site.adapters) {
           if (adapter.updates->adapter == name && !contains(merged, name)) unmerged.push_back(adapter.updates);
         }
       }
+      return unmerged;
+    };
+    const auto takes_carrier = [&](size_t i) {
+      const auto& site = model_.sites[i];
+      if (site.weight == nullptr || site.adapters.empty()) return false;
+      return weights.count(i) == 0 || !unmerged_at(site).empty();
+    };
+    bool any_carrier = false;
+    for (size_t i = 0; i < model_.sites.size(); ++i) any_carrier = any_carrier || takes_carrier(i);
+    if (session_ != nullptr && any_carrier) session_->begin();
+
+    for (size_t i = 0; i < model_.sites.size(); ++i) {
+      auto& site = model_.sites[i];
+      if (site.weight == nullptr) continue;
+      const auto merged_weight = weights.find(i);
       const auto base = merged_weight == weights.end() ? site.weight->base() : merged_weight->second;
-      const bool plain = site.adapters.empty() || (merged_weight != weights.end() && unmerged.empty());
-      site.weight->publish(base, std::move(unmerged));
-      if (!plain) {
-        site.host->set_weight(make_carrier(site.weight, shared_from_this()));
+      site.weight->publish(base, unmerged_at(site));
+      if (takes_carrier(i)) {
+        set_carrier(site);
       } else if (merged_weight == weights.end() || site.host->takes_nodes()) {
         site.host->set_weight(base);
       } else {
@@ -271,18 +254,22 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     active_ = active;
     merged_ = merged;
     announce_gradients();
+    if (session_ != nullptr && !any_carrier) session_->end();
   }
 
   /// Leaves the model as it was before the first injection, with `weights` (by site) in place of W0 where given.
   void unload(const std::map<size_t, at::Tensor>& weights) {
     const auto self = shared_from_this();  // the nodes and carriers that go away may be its last owners
-    install({}, {});
+    active_.clear();
+    merged_.clear();
     for (size_t i = 0; i < model_.sites.size(); ++i) {
       auto& site = model_.sites[i];
       if (site.weight == nullptr) continue;
       auto base = site.weight->base();
+      site.weight->publish(base, {});  // a carrier that somebody else holds is the base from now on
+      if (!site.host->alive()) continue;
       const auto merged = weights.find(i);
-      if (merged != weights.end() && site.tied_to.empty()) {
+      if (merged != weights.end() && !site.may_be_tied) {
         base.set_data(merged->second);
       } else if (merged != weights.end()) {
         base = merged->second;
@@ -303,41 +290,10 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     unloaded_ = true;
   }
 
-  /// A node with the host that it hangs below.
-  struct HungNode {
-    std::shared_ptr<Host> host;
-    std::shared_ptr<AdapterNode> node;
-  };
-
-  /// Leaves the plain model, without carrier and node, until resume() gets the nodes back.
-  std::vector<HungNode> suspend() {
-    std::vector<HungNode> nodes;
-    for (auto& site : model_.sites) {
-      if (site.weight == nullptr) continue;
-      site.host->set_weight(site.weight->base());
-      for (const auto& adapter : site.adapters) {
-        const auto node = adapter.node.lock();
-        const bool known =
-            std::any_of(nodes.begin(), nodes.end(), [&](const HungNode& hung) { return hung.node == node; });
-        if (node == nullptr || known) continue;
-        site.host->detach(node->name());
-        nodes.push_back({site.host, node});
-      }
-    }
-    return nodes;
-  }
-  void resume(const std::vector<HungNode>& nodes) {
-    for (const auto& [host, node] : nodes) host->attach(node->name(), node);
-    install(active_, {});
-  }
-
-  /// Takes over the adapters of another set, whose paths are relative to `root`; its handles follow to this one.
+  /// Takes over the adapters of another set that check_joinable let pass, whose paths are relative to `root`; its
+  /// handles follow to this one.
   void join(ModelAdapters& other, const std::string& root) {
     const auto lock = other.change("adapters_of");
-    if (!other.merged_.empty()) {
-      throw StateError("[lora::adapters_of] found merged adapters at " + root +
-                       ", expected none; call unmerge() first");
-    }
     for (auto& site : other.model_.sites) {
       site.path = join_path(root, site.path);
       site.aliases.push_back(join_path(root, site.file_path));
@@ -362,6 +318,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       known->trainable = known->trainable || adapter.trainable;
       for (auto& entry : adapter.report.entries) known->report.entries.push_back(std::move(entry));
     }
+    calls_->add_fallbacks(other.calls_->fallbacks());
     for (auto& parameter : other.original_parameters_) original_parameters_.push_back(std::move(parameter));
     for (const auto& name : other.active_) {
       if (!contains(active_, name)) active_.push_back(name);
@@ -375,15 +332,6 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   /// The set that took this one's adapters over, or null.
   std::shared_ptr<ModelAdapters> joined_into() const { return joined_into_.lock(); }
 
-  static std::string node_name(const std::string& adapter) { return "lora_" + adapter; }
-
- private:
-  template <class Function>
-  void for_references(const Function& function) {
-    for (const auto& site : model_.sites) function(*site.host);
-    if (session_ != nullptr) function(*session_);
-  }
-
   /// Scripted modules ask their weights whether a gradient is wanted; where none is, they take kernels without one.
   void announce_gradients() {
     for (const auto& site : model_.sites) {
@@ -391,6 +339,23 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       const auto slot = site.host->weight();
       if (as_carrier(slot) != nullptr) slot.set_requires_grad(site.weight->wants_gradient());
     }
+  }
+
+  static std::string node_name(const std::string& adapter) { return "lora_" + adapter; }
+
+ private:
+  /// A carrier that is in its place stays there: a forward on another thread may hold it, and reads the snapshot.
+  void set_carrier(Site& site) {
+    const auto self = shared_from_this();
+    const auto* present = as_carrier(site.host->weight());
+    if (present != nullptr && present->weight() == site.weight && present->owner() == self) return;
+    site.host->set_weight(make_carrier(site.weight, self));
+  }
+
+  template <class Function>
+  void for_references(const Function& function) {
+    for (const auto& site : model_.sites) function(*site.host);
+    if (session_ != nullptr) function(*session_);
   }
 
   /// In TorchScript, to() on a merged model reaches W′ alone: W0 and the adapters follow here.
@@ -426,17 +391,10 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       node = std::make_shared<AdapterNode>(node_name(prepared.name), shared_from_this(), prepared.method);
       if (site.host->takes_nodes()) site.host->attach(node_name(prepared.name), node);
     }
-    node->add(site.weight, *updates, local_name(site));
-    site.adapters.push_back({updates, node});
+    site.adapters.push_back({updates, node});  // first: from here on detach() takes it back
+    node->add(site.weight, *updates, site.local_name());
   }
 
- public:
-  /// The name of a weight inside its module, empty for a module with one weight.
-  static std::string local_name(const Site& site) {
-    return site.path == site.module_path ? "" : site.path.substr(site.path.rfind('.') + 1);
-  }
-
- private:
   ModelSites model_;
   std::vector<Adapter> adapters_;
   Names active_;
@@ -444,7 +402,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   std::shared_ptr<CallState> calls_ = std::make_shared<CallState>();
   std::vector<std::pair<at::Tensor, bool>> original_parameters_;  // with their requires_grad
   std::vector<std::pair<at::Tensor, at::Tensor>> untied_;
-  std::shared_ptr<ModelReference> session_;
+  std::shared_ptr<CarrierSession> session_;
   std::weak_ptr<void> handle_;
   std::recursive_mutex mutex_;
   std::weak_ptr<ModelAdapters> joined_into_;

@@ -74,6 +74,7 @@ class Planner {
       for (const auto& entry : targeting_.modules.entries()) add_entry(entry);
     }
     if (targeting_.predicate || targeting_.script_predicate) add_predicate();
+    check_exclusions();
     for (size_t i = 0; i < chosen_.size(); ++i) resolve(i);
     if (problems_.empty() && plan_.sites.empty()) {
       problems_.push_back("found no module to adapt, expected at least one; candidates: " + candidates());
@@ -98,12 +99,39 @@ class Planner {
     return matches(site.path) || std::any_of(site.aliases.begin(), site.aliases.end(), matches);
   }
 
+  /// A MultiheadAttention that is excluded as a whole, by PEFT's name for it, is so with its out_proj.
+  bool excludes(const TargetModules::Entry& entry, const Site& site) const {
+    const auto names = [&](const std::string& path) { return targeting_.exclude.matches(entry, path); };
+    return any_name(site, names) || names(site.module_path) || names(peft_module(site));
+  }
+
   bool excluded(const Site& site) const {
+    const auto& entries = targeting_.exclude.entries();
+    return std::any_of(entries.begin(), entries.end(), [&](const auto& entry) { return excludes(entry, site); });
+  }
+
+  bool excluded(const OtherModule& other) const {
+    const auto& entries = targeting_.exclude.entries();
+    return std::any_of(entries.begin(), entries.end(),
+                       [&](const auto& entry) { return targeting_.exclude.matches(entry, other.path); });
+  }
+
+  /// An exclusion that names nothing is as likely a typing error as a target that does.
+  void check_exclusions() {
     for (const auto& entry : targeting_.exclude.entries()) {
-      const auto names = [&](const std::string& path) { return targeting_.exclude.matches(entry, path); };
-      if (any_name(site, names) || names(site.module_path)) return true;
+      const bool found = std::any_of(model_.sites.begin(), model_.sites.end(),
+                                     [&](const auto& site) { return excludes(entry, site); }) ||
+                         std::any_of(model_.others.begin(), model_.others.end(), [&](const auto& other) {
+                           return other.has_parameters && targeting_.exclude.matches(entry, other.path);
+                         });
+      if (found) continue;
+      const auto reason = "found no module for \"" + entry.text + "\" in exclude_modules";
+      if (unmatched_ == Unmatched::kNote) {
+        plan_.notes.push_back(reason);
+      } else {
+        problems_.push_back(reason + ", expected at least one with a weight; nearest: " + nearest(entry.name));
+      }
     }
-    return false;
   }
 
   void choose(size_t index, const std::vector<std::string>& parts) {
@@ -178,7 +206,7 @@ class Planner {
   bool check_others(const TargetModules::Entry& entry, const Plan::Entry& result) {
     bool found = false;
     for (const auto& other : model_.others) {
-      if (!targeting_.modules.matches(entry, other.path)) continue;
+      if (!targeting_.modules.matches(entry, other.path) || excluded(other)) continue;
       if (result.sites.empty() || other.has_parameters) {
         problems_.push_back(
             "found " + other.type + " at " + other.path + " for the target \"" + entry.text +

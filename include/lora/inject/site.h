@@ -29,7 +29,8 @@ struct Site {
   std::string module_path;           // the path of the module that the host stands in
   std::string parameter;             // the weight's registered name in that module
   std::vector<FusedPart> parts;      // row ranges that the module's type knows: q, k, v
-  std::string tied_to;               // another parameter on the same memory; empty: none
+  std::string tied_to;               // another parameter on the same memory; empty: none known
+  bool may_be_tied = true;           // false: the walk saw the whole model, and no other parameter on the same memory
   bool tied_to_embedding = false;
   bool is_linear = false;   // belongs to "all-linear"
   bool transposed = false;  // the parameter holds [in, out]: its module computes x · W
@@ -43,6 +44,9 @@ struct Site {
   at::Tensor base() const { return weight ? weight->base() : host->weight(); }
   /// The parameter's values as [out, in], the way in which updates are counted.
   at::Tensor base_matrix() const { return transposed ? base().detach().t() : base(); }
+
+  /// The name of the weight inside its module, empty for a module with one weight.
+  std::string local_name() const { return path == module_path ? "" : path.substr(path.rfind('.') + 1); }
 
   const WeightAdapter* find(const std::string& adapter) const {
     for (const auto& candidate : adapters) {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/ops/count_nonzero.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/randn_like.h>
@@ -9,7 +9,9 @@
 #include <lora/version.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <ostream>
 #include <string>
@@ -33,10 +35,10 @@ inline std::ostream& operator<<(std::ostream& out, const VerifyReport& report) {
 
 namespace detail {
 
-/// Keeps the state of the CPU's random generator: restart() sets it back, and so does the destructor.
+/// Keeps the state of a device's random generator: restart() sets it back, and so does the destructor.
 class RandomState {
  public:
-  RandomState() : generator_(at::detail::getDefaultCPUGenerator()) {
+  explicit RandomState(at::Device device) : generator_(at::globalContext().defaultGenerator(device)) {
     const std::lock_guard<std::mutex> lock(generator_.mutex());
     state_ = generator_.get_state();
   }
@@ -54,16 +56,18 @@ class RandomState {
   at::Tensor state_;
 };
 
-/// Moves each B a little and makes all tensors trainable, for its lifetime.
+/// Moves each B a little and makes all tensors trainable, for its lifetime; calls `announce` after both changes.
 class Perturbation {
  public:
-  explicit Perturbation(const std::vector<UpdateTensor>& tensors) {
+  Perturbation(const std::vector<UpdateTensor>& tensors, std::function<void()> announce)
+      : announce_(std::move(announce)) {
     const c10::NoGradGuard no_grad;
     for (const auto& named : tensors) {
       saved_.push_back({named.tensor, named.tensor.detach().clone(), named.tensor.requires_grad()});
       named.tensor.set_requires_grad(true);
       if (named.role == TensorRole::kOutput) named.tensor.add_(at::randn_like(named.tensor), 0.02);
     }
+    announce_();
   }
   ~Perturbation() {
     const c10::NoGradGuard no_grad;
@@ -71,6 +75,7 @@ class Perturbation {
       saved.tensor.copy_(saved.value);
       saved.tensor.set_requires_grad(saved.required);
     }
+    announce_();
   }
   Perturbation(const Perturbation&) = delete;
   Perturbation& operator=(const Perturbation&) = delete;
@@ -81,15 +86,23 @@ class Perturbation {
     at::Tensor value;
     bool required;
   };
+  std::function<void()> announce_;
   std::vector<Saved> saved_;
 };
 
-inline VerifyReport verify(const std::vector<UpdateTensor>& tensors, const std::function<at::Tensor()>& forward) {
+inline VerifyReport verify(const std::vector<UpdateTensor>& tensors, const std::function<at::Tensor()>& forward,
+                           const std::function<void()>& announce) {
   const at::AutoGradMode with_grad(true);
-  RandomState random;  // equal dropout masks before and after
+  std::vector<at::Device> devices{at::kCPU};
+  for (const auto& named : tensors) {
+    const auto device = named.tensor.device();
+    if (std::find(devices.begin(), devices.end(), device) == devices.end()) devices.push_back(device);
+  }
+  std::vector<std::unique_ptr<RandomState>> random;  // equal dropout masks before and after
+  for (const auto device : devices) random.push_back(std::make_unique<RandomState>(device));
   const auto before = forward().detach();
-  const Perturbation perturbation(tensors);
-  random.restart();
+  const Perturbation perturbation(tensors, announce);
+  for (const auto& state : random) state->restart();
   const auto after = forward();
 
   std::vector<at::Tensor> inputs;

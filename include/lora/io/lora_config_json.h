@@ -1,10 +1,12 @@
 #pragma once
 
 #include <lora/config/lora_config.h>
+#include <lora/detail/error.h>
 #include <lora/version.h>
 
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +16,33 @@ namespace detail {
 
 // Ordered, because the first matching entry of rank_pattern and alpha_pattern wins.
 using Json = nlohmann::ordered_json;
+
+/// Reads a JSON object. Throws a FormatError for anything else, and for nesting that is deeper than any
+/// configuration's: writing it into an error message would use up the stack.
+inline Json parse_object(const std::string& text, const std::string& path) {
+  constexpr int kDeepest = 16;
+  std::string problem = "found no JSON object, expected an adapter's configuration";
+  const auto watch = [&](int depth, Json::parse_event_t, Json&) {
+    if (depth <= kDeepest) return true;
+    problem = "found JSON nested more than " + std::to_string(kDeepest) + " deep, expected an adapter's configuration";
+    throw std::runtime_error(problem);
+  };
+  try {
+    auto json = Json::parse(text, watch);
+    if (json.is_object()) return json;
+  } catch (const std::exception&) {
+  }
+  throw FormatError(path, {problem});
+}
+
+/// JSON as text. Throws a FormatError where a name is not UTF-8.
+inline std::string dump(const Json& json, const std::string& path, int indent = -1) {
+  try {
+    return json.dump(indent);
+  } catch (const Json::exception& error) {
+    throw FormatError(path, {std::string("cannot be written: ") + error.what()});
+  }
+}
 
 /// A whole number is written without a point, as PEFT does.
 inline Json number(double value) {

@@ -51,6 +51,15 @@ inline at::Tensor mapped_tensor(const std::shared_ptr<MappedFile>& file, size_t 
   return copy;
 }
 
+inline bool is_utf8(const std::string& text) {
+  try {
+    nlohmann::json(text).dump();
+    return true;
+  } catch (const nlohmann::json::exception&) {
+    return false;
+  }
+}
+
 /// The reason why a tensor cannot be written, or nothing.
 inline std::string why_not_writable(const std::string& name, const at::Tensor& tensor) {
   if (name == kSafetensorsMetadata) return "the name is the format's own";
@@ -61,12 +70,7 @@ inline std::string why_not_writable(const std::string& name, const at::Tensor& t
   if (tensor.is_meta() || !tensor.has_storage()) return "holds no data";
   if (!safetensors_dtype_name(tensor.scalar_type()))
     return std::string("the format has no dtype for ") + toString(tensor.scalar_type());
-  try {
-    nlohmann::json(name).dump();
-  } catch (const nlohmann::json::exception&) {
-    return "the name is not UTF-8";
-  }
-  return "";
+  return is_utf8(name) ? "" : "the name is not UTF-8";
 }
 
 /// The header as the format's own library writes it: wide types first so that all data is aligned, then by name.
@@ -96,6 +100,9 @@ inline void write_safetensors(AtomicFile& file, const std::map<std::string, at::
     const std::string why_not = why_not_writable(name, tensor);
     if (!why_not.empty()) problems.push_back("tensor '" + name + "' " + why_not);
     ordered.emplace_back(name, tensor);
+  }
+  for (const auto& [name, text] : metadata) {
+    if (!is_utf8(name) || !is_utf8(text)) problems.push_back("metadata '" + name + "' is not UTF-8");
   }
   if (!problems.empty()) throw FormatError(file.path(), std::move(problems));
   std::stable_sort(ordered.begin(), ordered.end(), [](const auto& a, const auto& b) {

@@ -16,7 +16,7 @@ namespace detail {
 
 /// Vectors of kLanes elements, which the compiler maps to the widest registers of the function's target. They are
 /// passed by reference only: by value they would change the calling convention from one instruction set to another.
-constexpr int64_t kLanes = 16;
+inline constexpr int64_t kLanes = 16;
 template <class T>
 struct LanesOf {
   typedef T type __attribute__((vector_size(kLanes * sizeof(T))));

@@ -30,10 +30,11 @@ struct MergeReport {
 
 namespace detail {
 
-/// One weight to merge: W′ = base + Σ scaling·B·A, each update from its first row on.
+/// One weight to merge: W′ = base + Σ scaling·B·A, each update from its first row of the [out, in] matrix on.
 struct MergeJob {
   std::string path;
   at::Tensor base;
+  bool transposed = false;  // base and W′ are [in, out]
   std::vector<std::pair<int64_t, LowRank>> updates;
   at::Tensor merged;
   std::atomic<int64_t> non_finite{0};
@@ -54,12 +55,22 @@ class TypedMergeTiles final : public MergeTiles {
     job_.merged = at::empty_like(base_, c10::MemoryFormat::Contiguous);
     const auto dtype = c10::CppTypeToScalarType<Sum>::value;
     for (const auto& [begin, update] : job.updates) {
-      auto A = update.A.to(dtype).contiguous();
-      auto B = (update.B.to(dtype) * update.scaling).contiguous();
-      factors_.push_back(
-          {A.template const_data_ptr<Sum>(), B.template const_data_ptr<Sum>(), A.size(0), begin, begin + B.size(0)});
-      kept_.push_back(std::move(A));
-      kept_.push_back(std::move(B));
+      auto right = update.A.to(dtype);
+      auto left = update.B.to(dtype) * update.scaling;
+      auto first = begin;
+      if (job.transposed) {  // (B·A)ᵀ = Aᵀ·Bᵀ, whose columns are B's rows
+        auto columns = at::zeros({right.size(0), base_.size(1)}, right.options());
+        columns.narrow(1, begin, left.size(0)).copy_(left.t());
+        left = right.t();
+        right = columns;
+        first = 0;
+      }
+      left = left.contiguous();
+      right = right.contiguous();
+      factors_.push_back({right.template const_data_ptr<Sum>(), left.template const_data_ptr<Sum>(), right.size(0),
+                          first, first + left.size(0)});
+      kept_.push_back(std::move(right));
+      kept_.push_back(std::move(left));
     }
     row_tiles_ = (base_.size(0) + kRows - 1) / kRows;
     column_tiles_ = (base_.size(1) + kColumns - 1) / kColumns;
@@ -112,8 +123,9 @@ inline std::unique_ptr<MergeTiles> merge_tiles(MergeJob& job) {
 inline void merge_by_operators(MergeJob& job) {
   const auto dtype = accumulation_dtype(job.base.scalar_type());
   auto update_sum = at::zeros(job.base.sizes(), job.base.options().dtype(dtype));
+  const auto by_rows = job.transposed ? update_sum.t() : update_sum;
   for (const auto& [begin, update] : job.updates) {
-    update_sum.narrow(0, begin, update.B.size(0)).addmm_(update.B.to(dtype), update.A.to(dtype), 1, update.scaling);
+    by_rows.narrow(0, begin, update.B.size(0)).addmm_(update.B.to(dtype), update.A.to(dtype), 1, update.scaling);
   }
   job.merged = (job.base.to(dtype) + update_sum).to(job.base.scalar_type());
   job.non_finite = job.merged.numel() - at::isfinite(job.merged).sum().item<int64_t>();

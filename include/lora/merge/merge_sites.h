@@ -25,16 +25,14 @@ inline std::map<size_t, at::Tensor> merge_sites(const std::vector<Site>& sites, 
     }
     if (job->updates.empty()) continue;
     job->path = sites[i].path;
-    job->base = sites[i].base_matrix().detach();
+    job->base = sites[i].base().detach();
+    job->transposed = sites[i].transposed;
     jobs.push_back(std::move(job));
     indices.push_back(i);
   }
   merge_weights(jobs);
   std::map<size_t, at::Tensor> weights;
-  for (size_t k = 0; k < jobs.size(); ++k) {
-    const bool transposed = sites[indices[k]].transposed;
-    weights.emplace(indices[k], transposed ? jobs[k]->merged.t().contiguous() : std::move(jobs[k]->merged));
-  }
+  for (size_t k = 0; k < jobs.size(); ++k) weights.emplace(indices[k], std::move(jobs[k]->merged));
   return weights;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/TensorImpl.h>
 #include <lora/detail/error.h>
 #include <lora/detail/torch_compat.h>
@@ -175,11 +176,17 @@ class AdaptedWeightImpl final : public c10::TensorImpl {
   std::shared_ptr<void> owner_;
 };
 
-/// The carrier behind a tensor, or null. The key alone does not prove it: another library may use it.
+/// The carrier behind a tensor, or null. Throws a StateError for another library's tensor on the same key.
 inline AdaptedWeightImpl* as_carrier(const at::Tensor& tensor) {
   auto* impl = tensor.unsafeGetTensorImpl();
   if (!impl->key_set().has(kAdaptedWeightKey)) return nullptr;
-  return dynamic_cast<AdaptedWeightImpl*>(impl);
+  auto* carrier = dynamic_cast<AdaptedWeightImpl*>(impl);
+  if (carrier == nullptr) {
+    throw StateError(std::string("[lora::weight] found another library's tensor on the dispatch key ") +
+                     c10::toString(kAdaptedWeightKey) +
+                     ", expected adapted weights alone; the two libraries cannot work in one process");
+  }
+  return carrier;
 }
 
 inline void AdaptedWeight::moved(std::optional<c10::Device> device, std::optional<at::ScalarType> dtype) {
@@ -197,6 +204,7 @@ inline void AdaptedWeight::moved(std::optional<c10::Device> device, std::optiona
 }
 
 inline at::Tensor make_carrier(std::shared_ptr<AdaptedWeight> weight, std::shared_ptr<void> owner) {
+  const c10::InferenceMode no_inference(false);  // the carrier outlives the mode and may need a gradient then
   const bool transposed = weight->transposed();
   const auto& base = weight->base();
   const WeightView whole{{0, base.size(transposed ? 1 : 0), 0, base.size(transposed ? 0 : 1)}, transposed};

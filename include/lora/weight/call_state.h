@@ -71,6 +71,11 @@ class CallState {
     }
   }
 
+  void add_fallbacks(const std::map<std::string, int64_t>& counts) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [operator_name, count] : counts) fallbacks_[operator_name] += count;
+  }
+
   std::map<std::string, int64_t> fallbacks() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return fallbacks_;

@@ -27,6 +27,15 @@ class ModelReference {
   virtual void let_go() {}
 };
 
+/// What a model needs for as long as there are carriers in it.
+class CarrierSession : public ModelReference {
+ public:
+  /// Called before the first carrier goes in; again without effect.
+  virtual void begin() = 0;
+  /// Called after the last carrier is out; again without effect.
+  virtual void end() = 0;
+};
+
 /// The place of one weight in a model.
 class Host : public ModelReference {
  public:

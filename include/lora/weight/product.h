@@ -97,6 +97,9 @@ inline at::Tensor dense_weight(AdaptedWeightImpl& carrier) {
   carrier.synchronise();
   const c10::impl::ExcludeDispatchKeyGuard below(kAdaptedWeightKey);
 
+  // Autocast would round B·A, though the operator may be one that it leaves alone.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+
   auto dense = weight.matrix(snapshot->base);
   if (!snapshot->active.empty() && !weight.calls()->disabled()) {
     dense = dense.to(accumulation_dtype(dense.scalar_type()), /*non_blocking=*/false, /*copy=*/true);

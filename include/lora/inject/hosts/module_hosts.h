@@ -186,11 +186,13 @@ class ModuleWalk {
   }
 
   void find_tie(Site& site) const {
+    site.may_be_tied = false;
     const auto owners = owners_.find(site.host->weight().unsafeGetTensorImpl());
     if (owners == owners_.end()) return;
     for (const auto& name : owners->second) {
       if (name == join_path(site.module_path, site.parameter)) continue;
       site.tied_to = name;
+      site.may_be_tied = true;
       for (const auto& embedding : embeddings_) site.tied_to_embedding |= name == embedding + ".weight";
     }
   }

@@ -17,7 +17,7 @@
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
-/// Keeps TorchScript's executor from optimising while a script model has adapters.
+/// Keeps TorchScript's executor from optimising while there are carriers in a script model.
 ///
 /// After its profiling runs the executor builds autodiff subgraphs from the slots' requires_grad, on every thread at
 /// once, and the adapters would get no gradient from then on, silently. The number of profiling runs is the one switch
@@ -25,30 +25,36 @@ namespace detail {
 /// Each session raises it by the same amount and takes that back, so that the sessions of several models, and of
 /// several libraries in one process, need no common state. A plan that any model makes for its first run meanwhile is
 /// not optimised, not even later: right, but slower.
-class ScriptSession final : public ModelReference {
+class ScriptSession final : public CarrierSession {
  public:
-  explicit ScriptSession(const torch::jit::Module& root) : root_(root) {
+  explicit ScriptSession(const torch::jit::Module& root) : root_(root) {}
+  ~ScriptSession() override { end(); }
+  ScriptSession(const ScriptSession&) = delete;
+  ScriptSession& operator=(const ScriptSession&) = delete;
+
+  void begin() override {
+    if (running_) return;
     torch::jit::getNumProfiledRuns() += kNeverOptimise;
     try {
-      flush(root);
+      flush(root_.module());
     } catch (...) {
       torch::jit::getNumProfiledRuns() -= kNeverOptimise;
       throw;
     }
+    running_ = true;
   }
 
-  ~ScriptSession() override {
+  void end() override {
+    if (!running_) return;
+    running_ = false;
     torch::jit::getNumProfiledRuns() -= kNeverOptimise;
     try {
       if (root_.alive()) flush(root_.module());
     } catch (const std::exception& error) {
-      TORCH_WARN("[lora::unload] found TorchScript's plans not to be thrown away: the model runs on, not optimised: ",
+      TORCH_WARN("[lora::adapters] found TorchScript's plans not to be thrown away: the model runs on, not optimised: ",
                  error.what());
     }
   }
-
-  ScriptSession(const ScriptSession&) = delete;
-  ScriptSession& operator=(const ScriptSession&) = delete;
 
   void hold(const std::set<const void*>& alive) override { root_.hold(alive); }
   void let_go() override { root_.let_go(); }
@@ -93,6 +99,7 @@ class ScriptSession final : public ModelReference {
   }
 
   ScriptObject root_;
+  bool running_ = false;
 };
 
 }  // namespace detail
