@@ -87,9 +87,8 @@ inline void check_joinable(const std::vector<FoundAdapters>& found) {
   for (const auto& [adapters, root] : found) {
     if (!adapters->sites().front().host->takes_nodes()) {
       throw StateError(
-          "[lora::adapters_of] found TorchScript adapters of several injections, expected one; inject into the model "
-          "as "
-          "a whole");
+          "[lora::adapters_of] found TorchScript adapters of several injections, expected one; inject into the whole "
+          "model");
     }
     if (adapters->calls()->disabled_anywhere()) {
       throw StateError("[lora::adapters_of] found adapters disabled at " + root +
