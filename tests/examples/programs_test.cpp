@@ -154,16 +154,20 @@ TEST_F(Programs, ARunWritesItsFiguresTextsAndAdapter) {
 }
 
 TEST_F(Programs, TheSameSeedAndThreadsGiveTheSameFigures) {
-  const auto figures = [&](const std::string& flags) {
-    const auto outcome = run(usual + "--dropout 0.1 --json figures.json " + flags);
+  const auto figures = [&](const std::string& flags, const std::string& threads) {
+    auto command = usual;
+    command.replace(command.find("--threads 1"), 11, "--threads " + threads);
+    const auto outcome = run(command + "--dropout 0.1 --json figures.json " + flags);
     EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
     auto numbers = json("figures.json");
     for (const auto* const measured : {"tokens_per_second", "seconds", "peak_memory_bytes"}) numbers.erase(measured);
     return numbers;
   };
-  const auto first = figures("--seed 4");
-  EXPECT_EQ(figures("--seed 4"), first);
-  EXPECT_NE(figures("--seed 5")["dev_loss_after"], first["dev_loss_after"]);
+  for (const std::string threads : {"1", "2"}) {
+    const auto first = figures("--seed 4", threads);
+    EXPECT_EQ(figures("--seed 4", threads), first) << threads << " threads";
+    EXPECT_NE(figures("--seed 5", threads)["dev_loss_after"], first["dev_loss_after"]);
+  }
 }
 
 TEST_F(Programs, EveryMethodAndDtypeRuns) {

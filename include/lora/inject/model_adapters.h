@@ -7,6 +7,7 @@
 #include <lora/inject/prepare.h>
 #include <lora/inject/report.h>
 #include <lora/inject/site.h>
+#include <lora/inject/site_change.h>
 #include <lora/methods/method.h>
 #include <lora/version.h>
 #include <lora/weight/adapted_weight.h>
@@ -37,14 +38,6 @@ inline void check_no_inference_mode(const char* operation) {
   throw StateError(std::string("[lora::") + operation +
                    "] found InferenceMode enabled, expected it off: tensors made in it get no gradient");
 }
-
-class ModelAdapters;
-
-/// Names a model's adapters on a merged weight, which is a plain tensor: TorchScript has no other place for it.
-struct OwnerMark final : c10::BackendMeta {
-  explicit OwnerMark(std::shared_ptr<ModelAdapters> model_adapters) : adapters(std::move(model_adapters)) {}
-  std::shared_ptr<ModelAdapters> adapters;
-};
 
 /// The adapters of one model: what all `Adapters` handles of it share. The model keeps it alive, through the nodes
 /// below its hosts and through its carriers; it does not keep the model alive.
@@ -216,41 +209,25 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   /// Makes `active` the active adapters. `weights` holds the merged W′ of sites by index, `merged` the adapters in
   /// them; a site without one goes back to W0.
   void install(const Names& active, const Names& merged, const std::map<size_t, at::Tensor>& weights = {}) {
-    const auto unmerged_at = [&](const Site& site) {
-      std::vector<std::shared_ptr<const WeightAdapter>> unmerged;
-      for (const auto& name : active) {
-        for (const auto& adapter : site.adapters) {
-          if (adapter.updates->adapter == name && !contains(merged, name)) unmerged.push_back(adapter.updates);
-        }
-      }
-      return unmerged;
-    };
-    const auto takes_carrier = [&](size_t i) {
-      const auto& site = model_.sites[i];
-      if (site.weight == nullptr || site.adapters.empty()) return false;
-      return weights.count(i) == 0 || !unmerged_at(site).empty();
-    };
+    std::vector<SiteChange> changes;
     bool any_carrier = false;
-    for (size_t i = 0; i < model_.sites.size(); ++i) any_carrier = any_carrier || takes_carrier(i);
-    if (session_ != nullptr && any_carrier) session_->begin();
-
     for (size_t i = 0; i < model_.sites.size(); ++i) {
       auto& site = model_.sites[i];
       if (site.weight == nullptr) continue;
       const auto merged_weight = weights.find(i);
-      const auto base = merged_weight == weights.end() ? site.weight->base() : merged_weight->second;
-      site.weight->publish(base, unmerged_at(site));
-      if (takes_carrier(i)) {
-        set_carrier(site);
-      } else if (merged_weight == weights.end() || site.host->takes_nodes()) {
-        site.host->set_weight(base);
-      } else {
-        // An alias carries the mark: the merged weight itself is kept by the state that the mark keeps.
-        const auto marked = base.detach();
-        marked.unsafeGetTensorImpl()->set_backend_meta(c10::make_intrusive<OwnerMark>(shared_from_this()));
-        site.host->set_weight(marked);
+      const bool is_merged = merged_weight != weights.end();
+      SiteChange change{site, is_merged ? merged_weight->second : site.weight->base(), is_merged, false, {}};
+      for (const auto& name : active) {
+        for (const auto& adapter : site.adapters) {
+          if (adapter.updates->adapter == name && !contains(merged, name)) change.unmerged.push_back(adapter.updates);
+        }
       }
+      change.carrier = is_merged ? !change.unmerged.empty() : !site.adapters.empty();
+      any_carrier = any_carrier || change.carrier;
+      changes.push_back(std::move(change));
     }
+    if (session_ != nullptr && any_carrier) session_->begin();
+    for (const auto& change : changes) change.apply(shared_from_this());
     active_ = active;
     merged_ = merged;
     announce_gradients();
@@ -344,14 +321,6 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   static std::string node_name(const std::string& adapter) { return "lora_" + adapter; }
 
  private:
-  /// A carrier that is in its place stays there: a forward on another thread may hold it, and reads the snapshot.
-  void set_carrier(Site& site) {
-    const auto self = shared_from_this();
-    const auto* present = as_carrier(site.host->weight());
-    if (present != nullptr && present->weight() == site.weight && present->owner() == self) return;
-    site.host->set_weight(make_carrier(site.weight, self));
-  }
-
   template <class Function>
   void for_references(const Function& function) {
     for (const auto& site : model_.sites) function(*site.host);
