@@ -19,6 +19,7 @@
 
 #include "harness/models.h"
 #include "harness/values.h"
+#include "harness/wrapped_lora.h"
 
 namespace {
 
@@ -141,55 +142,22 @@ TEST(Inject, LeavesTheModelAsItWasAfterAnErrorInTheMiddle) {
 }
 
 /// LoRA whose tensors LibTorch does not take as parameters, for their names hold a dot.
-class DottedUpdate final : public lora::Update {
+class DottedUpdate final : public harness::WrappedUpdate {
  public:
-  explicit DottedUpdate(std::shared_ptr<lora::Update> update) : update_(std::move(update)) {}
-  int64_t in_features() const override { return update_->in_features(); }
-  int64_t out_features() const override { return update_->out_features(); }
+  using WrappedUpdate::WrappedUpdate;
   std::vector<lora::UpdateTensor> tensors() const override {
-    auto tensors = update_->tensors();
+    auto tensors = WrappedUpdate::tensors();
     tensors.back().name = "lora.B";
     return tensors;
   }
-  at::Tensor product(const at::Tensor& x, const lora::Block& block) const override {
-    return update_->product(x, block);
-  }
-  at::Tensor transposed_product(const at::Tensor& x, const lora::Block& block) const override {
-    return update_->transposed_product(x, block);
-  }
-  lora::LowRank low_rank() const override { return update_->low_rank(); }
-  std::shared_ptr<Update> clone(at::Device) const override { return update_; }
-
- private:
-  std::shared_ptr<lora::Update> update_;
-};
-
-class DottedMethod;
-struct DottedConfig {
-  using Method = DottedMethod;
-  lora::LoraConfig lora;
-};
-
-class DottedMethod final : public lora::Method {
- public:
-  explicit DottedMethod(const DottedConfig& config) : lora_(config.lora) {}
-  const char* peft_type() const override { return "DOTTED"; }
-  const lora::Targeting& targeting() const override { return lora_.targeting(); }
-  std::shared_ptr<lora::Update> create(const lora::UpdateSpec& spec) const override {
-    return std::make_shared<DottedUpdate>(lora_.create(spec));
-  }
-  double dropout() const override { return 0; }
-  at::ScalarType tensor_dtype(at::ScalarType base) const override { return base; }
-
- private:
-  lora::LoRA lora_;
 };
 
 TEST(Inject, TakesBackALayerThatItWasAt) {
   auto model = make_mlp();
   const auto before = harness::parameter_state(*model);
   const auto modules = model->modules().size();
-  EXPECT_THROW(lora::inject(*model, DottedConfig{config()}), c10::Error);
+  const harness::WrappedConfig dotted{config(), [](auto update) { return std::make_shared<DottedUpdate>(update); }};
+  EXPECT_THROW(lora::inject(*model, dotted), c10::Error);
   EXPECT_EQ(harness::parameter_state(*model), before);
   EXPECT_EQ(model->modules().size(), modules);
   EXPECT_NO_THROW(lora::inject(*model, config()));

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "harness/models.h"
+#include "harness/values.h"
 
 namespace harness {
 
@@ -98,7 +99,7 @@ class DenseOracle {
         weight.value.narrow(0, rows.row, B.size(0)).add_(at::mm(B, A), scaling);
         weight.magnitude.narrow(0, rows.row, B.size(0)).add_(at::mm(B.abs(), A.abs()), std::abs(scaling));
         weight.rank += A.size(0);
-        pairs_.push_back({path, rows, A, B, scaling});
+        pairs_.push_back({{path, A, B, scaling}, rows});
       }
     }
   }
@@ -122,18 +123,14 @@ class DenseOracle {
       const auto index =
           static_cast<size_t>(std::find(names.begin(), names.end(), pair.rows.parameter) - names.begin());
       const auto dW = found[index + 1].narrow(0, pair.rows.row, pair.B.size(0));
-      result[pair.path + ".lora_A"] = pair.scaling * at::mm(pair.B.t(), dW);
-      result[pair.path + ".lora_B"] = pair.scaling * at::mm(dW, pair.A.t());
+      pair.add_gradients(dW, result);
     }
     return result;
   }
 
  private:
-  struct Pair {
-    std::string path;
+  struct Pair : Factors {
     AdaptedRows rows;
-    at::Tensor A, B;
-    double scaling;
   };
 
   Subject subject_;

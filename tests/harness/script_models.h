@@ -177,8 +177,9 @@ class ScriptOracle {
         auto path = rows.tensors;
         path.replace(path.find('*'), 1, adapter);
         if (tensors.count(path + ".lora_A") == 0) continue;  // this adapter has other targets
-        const Pair pair{path, rows, tensors[path + ".lora_A"].detach().clone(),
-                        tensors[path + ".lora_B"].detach().clone(), scaling};
+        const Pair pair{
+            {path, tensors[path + ".lora_A"].detach().clone(), tensors[path + ".lora_B"].detach().clone(), scaling},
+            rows};
         block(slot(rows), rows, pair.B.size(0)).add_(at::mm(pair.B, pair.A), scaling);
         pairs_.push_back(pair);
       }
@@ -196,18 +197,14 @@ class ScriptOracle {
     for (size_t i = 0; i < pairs_.size(); ++i) {
       const auto& pair = pairs_[i];
       const auto dW = block(found[i + 1], pair.rows, pair.B.size(0));
-      result[pair.path + ".lora_A"] = pair.scaling * at::mm(pair.B.t(), dW);
-      result[pair.path + ".lora_B"] = pair.scaling * at::mm(dW, pair.A.t());
+      pair.add_gradients(dW, result);
     }
     return result;
   }
 
  private:
-  struct Pair {
-    std::string path;
+  struct Pair : Factors {
     ScriptRows rows;
-    at::Tensor A, B;
-    double scaling;
   };
 
   at::Tensor slot(const ScriptRows& rows) const {

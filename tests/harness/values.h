@@ -25,6 +25,19 @@ inline void fill(const lora::Adapters& adapters, const std::string& name = "defa
   for (auto& [path, tensor] : adapters.named_tensors(name)) tensor.copy_(normal(tensor.sizes(), seed++) * 0.3);
 }
 
+/// A pair A [r, in], B [out, r] of an oracle: ΔW = s·B·A.
+struct Factors {
+  std::string path;
+  at::Tensor A, B;
+  double scaling;
+
+  /// The gradients of A and B from that of ΔW, by the chain rule.
+  void add_gradients(const at::Tensor& dW, std::map<std::string, at::Tensor>& gradients) const {
+    gradients[path + ".lora_A"] = scaling * at::mm(B.t(), dW);
+    gradients[path + ".lora_B"] = scaling * at::mm(dW, A.t());
+  }
+};
+
 inline double largest(const at::Tensor& tensor) {
   return tensor.numel() == 0 ? 0 : tensor.detach().to(at::kDouble).abs().max().item<double>();
 }

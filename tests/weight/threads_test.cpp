@@ -19,6 +19,7 @@
 
 #include "harness/models.h"
 #include "harness/values.h"
+#include "harness/wrapped_lora.h"
 
 namespace {
 
@@ -151,58 +152,26 @@ class Gate {
   bool open_ = false;
 };
 
-/// LoRA whose product waits at a gate: a method of somebody else's.
-class GatedUpdate final : public lora::Update {
+/// LoRA whose product waits at a gate.
+class GatedUpdate final : public harness::WrappedUpdate {
  public:
   GatedUpdate(std::shared_ptr<lora::Update> update, std::shared_ptr<Gate> gate)
-      : update_(std::move(update)), gate_(std::move(gate)) {}
-  int64_t in_features() const override { return update_->in_features(); }
-  int64_t out_features() const override { return update_->out_features(); }
-  std::vector<lora::UpdateTensor> tensors() const override { return update_->tensors(); }
+      : WrappedUpdate(std::move(update)), gate_(std::move(gate)) {}
   at::Tensor product(const at::Tensor& x, const lora::Block& block) const override {
     gate_->pass();
-    return update_->product(x, block);
-  }
-  at::Tensor transposed_product(const at::Tensor& x, const lora::Block& block) const override {
-    return update_->transposed_product(x, block);
-  }
-  lora::LowRank low_rank() const override { return update_->low_rank(); }
-  std::shared_ptr<Update> clone(at::Device device) const override {
-    return std::make_shared<GatedUpdate>(update_->clone(device), gate_);
+    return WrappedUpdate::product(x, block);
   }
 
  private:
-  std::shared_ptr<lora::Update> update_;
-  std::shared_ptr<Gate> gate_;
-};
-
-class GatedMethod;
-struct GatedConfig {
-  using Method = GatedMethod;
-  lora::LoraConfig lora;
-  std::shared_ptr<Gate> gate;
-};
-
-class GatedMethod final : public lora::Method {
- public:
-  explicit GatedMethod(const GatedConfig& config) : lora_(config.lora), gate_(config.gate) {}
-  const char* peft_type() const override { return "GATED"; }
-  const lora::Targeting& targeting() const override { return lora_.targeting(); }
-  std::shared_ptr<lora::Update> create(const lora::UpdateSpec& spec) const override {
-    return std::make_shared<GatedUpdate>(lora_.create(spec), gate_);
-  }
-  double dropout() const override { return lora_.dropout(); }
-  at::ScalarType tensor_dtype(at::ScalarType base) const override { return lora_.tensor_dtype(base); }
-
- private:
-  lora::LoRA lora_;
   std::shared_ptr<Gate> gate_;
 };
 
 TEST(Threads, ThatRunAKernelKeepChangesOut) {
   Mlp model = (torch::manual_seed(7), Mlp());
   const auto gate = std::make_shared<Gate>();
-  auto adapters = lora::inject(*model, GatedConfig{lora::LoraConfig().r(2).target_modules({"up"}), gate});
+  auto adapters = lora::inject(
+      *model, harness::WrappedConfig{lora::LoraConfig().r(2).target_modules({"up"}),
+                                     [&](auto update) { return std::make_shared<GatedUpdate>(update, gate); }});
   adapters.add(config(), "other");
   const auto x = harness::normal({5, 12}, 3, at::kFloat);
   at::Tensor y;

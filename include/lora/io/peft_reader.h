@@ -38,22 +38,21 @@ class PeftReader {
     adapters_.check_name(name_);
     const auto config_path = directory_ + "/" + kConfigFile, tensor_path = directory_ + "/" + kTensorFile;
     const auto stored_json = parse_object(read_text(config_path), config_path);
-    const auto stored_config = read_config(stored_json, config_path);
+    const auto stored = read_method(stored_json, config_path);
     const auto file = load_safetensors_with_metadata(tensor_path);
     check_scaling(stored_json, file.metadata);
-    auto config = stored_config;
+    auto method = stored;
     const auto own = file.metadata.find(kOwnConfig);
     if (own != file.metadata.end()) {
-      config =
-          read_config(parse_object(own->second, tensor_path), tensor_path).lora_dropout(stored_config.lora_dropout());
+      auto own_json = parse_object(own->second, tensor_path);
+      own_json["lora_dropout"] = stored->config().lora_dropout();  // which a user may edit beside the tensors
+      method = read_method(own_json, tensor_path);
     }
 
     collect(file.tensors);
-    const auto method = std::make_shared<const LoRA>(config);
     auto plan = make_plan(*method);
     leave_out_partners(plan);
-    const LoRA stored(stored_config);
-    for (const auto& planned : plan.sites) check(planned, *method, stored);
+    for (const auto& planned : plan.sites) check(planned, *method, *stored);
     for (const auto& [path, factors] : factors_) {
       if (!factors.used) problems_.push_back("found tensors for " + path + ", expected none: " + why_unexpected(path));
     }
@@ -84,16 +83,15 @@ class PeftReader {
     return {std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
   }
 
-  static LoraConfig read_config(const Json& json, const std::string& path) {
+  static std::shared_ptr<const LoRA> read_method(const Json& json, const std::string& path) {
     std::vector<std::string> problems;
-    auto config = LoraConfigReader(json, problems).read();
+    const auto config = LoraConfigReader(json, problems).read();
     try {
-      if (problems.empty()) LoRA compiled(config);  // its patterns
+      if (problems.empty()) return std::make_shared<const LoRA>(config);
     } catch (const c10::ValueError& error) {
       problems.push_back(error.what_without_backtrace());
     }
-    if (!problems.empty()) throw FormatError(path, problems);
-    return config;
+    throw FormatError(path, problems);
   }
 
   /// Whether the two files were written together, where the tensor file says with what.
