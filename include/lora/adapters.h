@@ -6,6 +6,7 @@
 #include <lora/inject/model_adapters.h>
 #include <lora/inject/report.h>
 #include <lora/inject/verify.h>
+#include <lora/io/load_options.h>
 #include <lora/io/peft_reader.h>
 #include <lora/io/peft_writer.h>
 #include <lora/merge/merge_sites.h>
@@ -15,6 +16,7 @@
 #include <torch/csrc/jit/api/module.h>
 #include <torch/nn/module.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -68,7 +70,7 @@ class Adapters {
     state().add(method, name);
   }
   /// Adds an adapter from a PEFT directory, neither active nor trainable. Throws a FormatError with every mismatch.
-  void load(const std::string& directory, const std::string& name);
+  void load(const std::string& directory, const std::string& name, const LoadOptions& options = {});
   /// Takes an adapter out of the model, deactivating it first. Removing the last one is unload().
   void remove(const std::string& name);
 
@@ -80,8 +82,12 @@ class Adapters {
   /// Replaces the weights by W′ = W0 + Σ s·B·A, so that forwards cost what the plain model costs. Adapters that are
   /// active but not named stay low-rank on top. A NaN or infinite value in W′ is a c10::ValueError, and nothing is
   /// changed.
-  MergeReport merge();
-  MergeReport merge(const std::vector<std::string>& names);
+  ///
+  /// Without `keep_base` every active adapter is merged and then unloaded; see MergeOptions.
+  MergeReport merge(const MergeOptions& options = {});
+  MergeReport merge(const std::vector<std::string>& names, const MergeOptions& options = {});
+  /// What merge() would take, with nothing done.
+  MergeReport merge_cost(const MergeOptions& options = {}) const;
   /// Goes back to W0, bit for bit.
   void unmerge();
   /// Takes every adapter out: the plain base model, bit for bit, with its requires_grad flags.
@@ -148,9 +154,10 @@ Adapters inject(Model& model, const Config& config, const std::string& name = "d
 
 /// Injects a saved PEFT directory by its own configuration: active, not trainable.
 template <class Model>
-Adapters load(Model& model, const std::string& directory, const std::string& name = "default") {
+Adapters load(Model& model, const std::string& directory, const std::string& name = "default",
+              const LoadOptions& options = {}) {
   const auto state = detail::open_model(model);
-  state->attach(detail::PeftReader(*state, directory, name).read());
+  state->attach(detail::PeftReader(*state, name, options).read(directory));
   state->install({name}, {});
   state->set_trainable({});
   return Adapters(state);
@@ -169,6 +176,16 @@ std::vector<torch::optim::OptimizerParamGroup> param_groups(const Adapters& adap
   return param_groups(adapters.trainable_tensors(), options, plus);
 }
 
+namespace detail {
+
+inline void leave_out_buffers(std::vector<UpdateTensor>& tensors) {
+  tensors.erase(std::remove_if(tensors.begin(), tensors.end(),
+                               [](const UpdateTensor& named) { return named.role == TensorRole::kBuffer; }),
+                tensors.end());
+}
+
+}  // namespace detail
+
 inline InjectionReport Adapters::report(const std::string& name) const {
   const auto& state = this->state();
   TORCH_CHECK_VALUE(!state.adapters().empty(), "[lora::report] found no adapter, expected one");
@@ -178,6 +195,7 @@ inline InjectionReport Adapters::report(const std::string& name) const {
     if (parameter.requires_grad()) report.trainable_parameters += parameter.numel();
   }
   for (const auto& named : tensors([](const std::string&) { return true; })) {
+    if (named.role == TensorRole::kBuffer) continue;
     report.total_parameters += named.tensor.numel();
     if (named.tensor.requires_grad()) report.trainable_parameters += named.tensor.numel();
   }
@@ -192,12 +210,9 @@ inline std::vector<UpdateTensor> Adapters::tensors(const std::function<bool(cons
       const auto* updates = site.find(adapter.name);
       if (updates == nullptr) continue;
       const auto node = detail::join_path(site.module_path, detail::ModelAdapters::node_name(adapter.name));
-      for (const auto& part : updates->parts) {
-        const auto child = part.name.empty() ? site.local_name() : part.name;
-        for (auto& named : part.update->tensors()) {
-          named.name = detail::join_path(detail::join_path(node, child), named.name);
-          result.push_back(std::move(named));
-        }
+      for (auto& [child, named] : updates->tensors()) {
+        named.name = detail::join_path(detail::join_path(node, child), named.name);
+        result.push_back(std::move(named));
       }
     }
   }
@@ -206,7 +221,9 @@ inline std::vector<UpdateTensor> Adapters::tensors(const std::function<bool(cons
 
 inline std::vector<UpdateTensor> Adapters::trainable_tensors() const {
   const auto names = trainable();
-  return tensors([&](const std::string& name) { return detail::contains(names, name); });
+  auto result = tensors([&](const std::string& name) { return detail::contains(names, name); });
+  detail::leave_out_buffers(result);
+  return result;
 }
 
 inline std::vector<at::Tensor> Adapters::parameters() const {
@@ -263,7 +280,8 @@ inline void Adapters::set_active(const std::vector<std::string>& names) {
       merged.push_back(name);
     }
   }
-  state().install(names, merged, detail::merge_sites(state().sites(), merged));
+  state().check_copies(names);
+  state().install(names, merged, detail::merge_sites(state().sites(), merged, names));
 }
 
 inline void Adapters::set_trainable(const std::vector<std::string>& names) {
@@ -272,16 +290,16 @@ inline void Adapters::set_trainable(const std::vector<std::string>& names) {
   state().set_trainable(names);
 }
 
-inline void Adapters::load(const std::string& directory, const std::string& name) {
+inline void Adapters::load(const std::string& directory, const std::string& name, const LoadOptions& options) {
   const auto lock = state().change("load");
-  state().attach(detail::PeftReader(state(), directory, name).read());
+  state().attach(detail::PeftReader(state(), name, options).read(directory));
 }
 
 inline void Adapters::remove(const std::string& name) {
   const auto lock = state().change("remove");
   state().adapter(name);
   if (state().adapters().size() == 1) {
-    state().unload({});
+    state().unload();
     return;
   }
   const auto without = [&](detail::Names names) {
@@ -290,7 +308,7 @@ inline void Adapters::remove(const std::string& name) {
   };
   const auto active = without(state().active());
   const auto merged = without(state().merged());
-  const auto weights = detail::merge_sites(state().sites(), merged);
+  const auto weights = detail::merge_sites(state().sites(), merged, active);
   state().install(active, merged, weights);  // first out of what runs, then out of the model
   state().detach(name);
   state().install(active, merged, weights);  // sites that have no adapter any more become plain
@@ -307,14 +325,14 @@ inline void Adapters::save(const std::string& directory, const std::string& name
   detail::PeftWriter(state(), name).write(directory);
 }
 
-inline MergeReport Adapters::merge() {
+inline MergeReport Adapters::merge(const MergeOptions& options) {
   if (state().active().empty()) {
     throw StateError("[lora::merge] found no active adapter, expected one; call set_active first");
   }
-  return merge(state().active());
+  return merge(state().active(), options);
 }
 
-inline MergeReport Adapters::merge(const std::vector<std::string>& names) {
+inline MergeReport Adapters::merge(const std::vector<std::string>& names, const MergeOptions& options) {
   const auto lock = state().change("merge");
   TORCH_CHECK_VALUE(!names.empty(), "[lora::merge] found no name, expected the adapters to merge");
   check_names("merge", names);
@@ -332,14 +350,25 @@ inline MergeReport Adapters::merge(const std::vector<std::string>& names) {
                        "first");
     }
   }
-  const auto weights = detail::merge_sites(state().sites(), merged);
-  state().install(state().active(), merged, weights);
-  MergeReport report;
-  for (const auto& [site, weight] : weights) {
-    ++report.weights;
-    report.bytes += static_cast<int64_t>(weight.nbytes());
+  detail::SiteMerger merger(state().sites(), merged, state().active());
+  const auto report = merger.cost(options.keep_base());
+  if (options.keep_base()) {
+    state().install(state().active(), merged, merger.merge());
+    return report;
   }
+  if (merged.size() != state().active().size()) {
+    throw StateError(
+        "[lora::merge] found some of the active adapters for a merge without the base, expected all: it unloads them; "
+        "call set_active first");
+  }
+  state().install(state().active(), {});  // second copies of an earlier merge go first
+  merger.merge_each([&](size_t site, const at::Tensor& weight) { state().replace(site, weight); });
+  state().unload();
   return report;
+}
+
+inline MergeReport Adapters::merge_cost(const MergeOptions& options) const {
+  return detail::SiteMerger(state().sites(), state().active(), state().active()).cost(options.keep_base());
 }
 
 inline void Adapters::unmerge() {
@@ -350,12 +379,15 @@ inline void Adapters::unmerge() {
 
 inline void Adapters::unload() {
   const auto lock = state().change("unload", /*leaving=*/true);
-  state().unload({});
+  state().unload();
 }
 
 inline void Adapters::merge_and_unload() {
   const auto lock = state().change("merge_and_unload", /*leaving=*/true);
-  state().unload(detail::merge_sites(state().sites(), state().active()));
+  for (const auto& [site, weight] : detail::merge_sites(state().sites(), state().active(), state().active())) {
+    state().replace(site, weight);
+  }
+  state().unload();
 }
 
 inline VerifyReport Adapters::verify(const std::function<at::Tensor()>& forward) const {
@@ -365,8 +397,9 @@ inline VerifyReport Adapters::verify(const std::function<at::Tensor()>& forward)
     throw StateError("[lora::verify] found merged adapters, expected none; call unmerge() first");
   }
   const auto active = state().active();
-  return detail::verify(tensors([&](const std::string& name) { return detail::contains(active, name); }), forward,
-                        [this] { state().announce_gradients(); });
+  auto moved = tensors([&](const std::string& name) { return detail::contains(active, name); });
+  detail::leave_out_buffers(moved);
+  return detail::verify(moved, forward, [this] { state().announce_gradients(); });
 }
 
 LORA_NAMESPACE_END

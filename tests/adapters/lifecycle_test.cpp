@@ -173,9 +173,12 @@ TEST(Inject, LeavesAloneWhatIsExcluded) {
   for (const auto& module : report.entries.front().modules) paths.push_back(module.path);
   EXPECT_THAT(paths, ElementsAre("layers.1.self_attn.in_proj", "layers.1.self_attn.out_proj"));
 
+  struct Bags : torch::nn::Module {
+    Bags() { register_module("proj", torch::nn::EmbeddingBag(3, 4)); }
+  };
   struct Patches : torch::nn::Module {
     Patches() {
-      register_module("embed", torch::nn::Sequential())->push_back("proj", torch::nn::Conv2d(3, 4, 2));
+      register_module("embed", std::make_shared<Bags>());
       register_module("proj", torch::nn::Linear(4, 4));
     }
   } patches;

@@ -28,6 +28,7 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
+from generate_options import write_options
 from models import MhaBlock, Mlp
 
 LR, WEIGHT_DECAY, LR_RATIO, LR_EMBEDDING = 1e-3, 0.01, 16, 1e-6
@@ -426,11 +427,12 @@ def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    for name in ("mlp", "gpt2", "mha", "configs"):
+    for name in ("mlp", "gpt2", "mha", "options", "configs"):
         shutil.rmtree(out / name, ignore_errors=True)
     write_mlp(out / "mlp")
     write_gpt2(out / "gpt2")
     write_mha(out / "mha")
+    write_options(out / "options")
     write_configs(out / "configs")
     write_loraplus_groups(out / "loraplus_groups.json")
     write_init_statistics(out / "init_statistics.json")

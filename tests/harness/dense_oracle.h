@@ -88,18 +88,20 @@ class DenseOracle {
       for (const auto& rows : host.rows) {
         auto path = rows.tensors;
         path.replace(path.find('*'), 1, "lora_" + adapter);
-        if (tensors.count(path + ".lora_A") == 0) continue;  // this adapter has other targets
-        const auto A = tensors.at(path + ".lora_A").detach().to(at::kDouble);
-        const auto B = tensors.at(path + ".lora_B").detach().to(at::kDouble);
+        const auto name_of_A = path + "." + rows.A();
+        if (tensors.count(name_of_A) == 0) continue;  // this adapter has other targets
+        const auto A = tensors.at(name_of_A).detach().to(at::kDouble);
+        const auto B = tensors.at(path + "." + rows.B()).detach().to(at::kDouble);
         auto& weight = weights_[rows.parameter];
         if (!weight.value.defined()) {
           weight.value = parameters[rows.parameter];
           weight.magnitude = at::zeros_like(weight.value);
         }
-        weight.value.narrow(0, rows.row, B.size(0)).add_(at::mm(B, A), scaling);
-        weight.magnitude.narrow(0, rows.row, B.size(0)).add_(at::mm(B.abs(), A.abs()), std::abs(scaling));
+        rows.matrix(weight.value).narrow(0, rows.row, B.size(0)).add_(at::mm(B, A), scaling);
+        const auto magnitude = rows.matrix(weight.magnitude).narrow(0, rows.row, B.size(0));
+        magnitude.add_(at::mm(B.abs(), A.abs()), std::abs(scaling));
         weight.rank += A.size(0);
-        pairs_.push_back({{path, A, B, scaling}, rows});
+        pairs_.push_back({{path, A, B, scaling, rows.A(), rows.B()}, rows});
       }
     }
   }
@@ -122,7 +124,7 @@ class DenseOracle {
     for (const auto& pair : pairs_) {
       const auto index =
           static_cast<size_t>(std::find(names.begin(), names.end(), pair.rows.parameter) - names.begin());
-      const auto dW = found[index + 1].narrow(0, pair.rows.row, pair.B.size(0));
+      const auto dW = pair.rows.matrix(found[index + 1]).narrow(0, pair.rows.row, pair.B.size(0));
       pair.add_gradients(dW, result);
     }
     return result;

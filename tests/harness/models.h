@@ -9,6 +9,7 @@
 #include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/modules/transformercoder.h>
@@ -39,6 +40,12 @@ struct AdaptedRows {
   std::string tensors;
   std::string parameter;
   int64_t row = 0;
+  bool table = false;  // the parameter holds [entries, out], an embedding's
+
+  /// The parameter's values, or their gradient, as the matrix [out, in] that A and B make.
+  at::Tensor matrix(const at::Tensor& stored) const { return table ? stored.t() : stored.flatten(1); }
+  std::string A() const { return table ? "lora_embedding_A" : "lora_A"; }
+  std::string B() const { return table ? "lora_embedding_B" : "lora_B"; }
 };
 
 struct HostCase {
@@ -47,6 +54,7 @@ struct HostCase {
   std::vector<int64_t> input;
   lora::TargetModules targets;
   std::vector<AdaptedRows> rows;
+  std::string dense_operator = "";  // the operator without a low-rank kernel, where the host has one
 };
 
 inline void PrintTo(const HostCase& host, std::ostream* out) { *out << host.name; }
@@ -168,6 +176,46 @@ struct CrossImpl : torch::nn::Module {
 };
 TORCH_MODULE(Cross);
 
+/// Rows of a table, chosen by the order of x's values: x [*, 9] -> [*, 6].
+struct LookupImpl : torch::nn::Module {
+  explicit LookupImpl(const torch::nn::EmbeddingOptions& options)
+      : wte(register_module("wte", torch::nn::Embedding(options))) {}
+  at::Tensor forward(const at::Tensor& x) {
+    const auto ids = std::get<1>(x.detach().sort(/*stable=*/true, /*dim=*/-1));
+    return at::tanh(wte(ids) * x.unsqueeze(-1)).sum(-2);
+  }
+  torch::nn::Embedding wte;
+};
+TORCH_MODULE(Lookup);
+
+/// One convolution, whatever its dimensions and options.
+template <class Convolution, class Options>
+struct ConvolutionBlock : torch::nn::Module {
+  explicit ConvolutionBlock(const Options& options) : conv(register_module("conv", Convolution(options))) {}
+  at::Tensor forward(const at::Tensor& x) { return at::tanh(conv(x)); }
+  Convolution conv;
+};
+
+template <class Convolution, class Options>
+std::function<Subject()> convolution(const Options& options) {
+  return [=] {
+    torch::manual_seed(7);
+    const auto model = std::make_shared<ConvolutionBlock<Convolution, Options>>(options);
+    return Subject{model, [model](const at::Tensor& x) { return model->forward(x); }};
+  };
+}
+
+/// A Bilinear form of both halves of x.
+struct FormImpl : torch::nn::Module {
+  FormImpl() : form(register_module("form", torch::nn::Bilinear(5, 7, 6))) {}
+  at::Tensor forward(const at::Tensor& x) {
+    const auto halves = x.split_with_sizes({5, 7}, -1);
+    return form(halves[0], halves[1]);
+  }
+  torch::nn::Bilinear form;
+};
+TORCH_MODULE(Form);
+
 inline Subject make_sequential() {
   torch::manual_seed(7);
   torch::nn::Sequential model(torch::nn::Linear(12, 20), torch::nn::Tanh(),
@@ -197,6 +245,10 @@ inline std::vector<AdaptedRows> encoder_rows() {
 /// Every kind of host of the library, each with a forward through all its adapted weights.
 inline const std::vector<HostCase>& host_cases() {
   const std::vector<AdaptedRows> mlp{{"up.*", "up.weight"}, {"down.*", "down.weight"}};
+  const std::vector<AdaptedRows> conv{{"conv.*", "conv.weight"}};
+  using torch::nn::Conv1dOptions;
+  using torch::nn::Conv2dOptions;
+  using torch::nn::Conv3dOptions;
   static const std::vector<HostCase> cases{
       {"Mlp", maker<Mlp>(), {5, 12}, {"up", "down"}, mlp},
       {"MlpOf3dInput", maker<Mlp>(), {2, 3, 12}, {"up", "down"}, mlp},
@@ -236,6 +288,69 @@ inline const std::vector<HostCase>& host_cases() {
         {"attn.*.k_proj", "attn.k_proj_weight"},
         {"attn.*.v_proj", "attn.v_proj_weight"}}},
       {"Encoder", &make_encoder, {3, 2, 16}, "all-linear", encoder_rows()},
+      {"Embedding",
+       maker<Lookup>(torch::nn::EmbeddingOptions(11, 6)),
+       {3, 9},
+       {"wte"},
+       {{"wte.*", "wte.weight", 0, true}}},
+      {"EmbeddingPadded",
+       maker<Lookup>(torch::nn::EmbeddingOptions(11, 6).padding_idx(4)),
+       {2, 3, 9},
+       {"wte"},
+       {{"wte.*", "wte.weight", 0, true}}},
+      {"Conv1d",
+       convolution<torch::nn::Conv1d>(Conv1dOptions(4, 6, 3).stride(2).padding(1)),
+       {2, 4, 9},
+       {"conv"},
+       conv},
+      {"Conv1dUnbatched", convolution<torch::nn::Conv1d>(Conv1dOptions(4, 6, 3)), {4, 9}, {"conv"}, conv},
+      {"Conv1dSame",
+       convolution<torch::nn::Conv1d>(Conv1dOptions(4, 6, 4).padding(torch::kSame).bias(false)),
+       {2, 4, 9},
+       {"conv"},
+       conv},
+      {"Conv1dReflect",
+       convolution<torch::nn::Conv1d>(Conv1dOptions(4, 6, 3).padding(2).padding_mode(torch::kReflect)),
+       {2, 4, 9},
+       {"conv"},
+       conv},
+      {"Conv2d",
+       convolution<torch::nn::Conv2d>(Conv2dOptions(3, 5, {3, 2}).dilation({2, 1})),
+       {2, 3, 7, 6},
+       {"conv"},
+       conv},
+      {"Conv2dCircular",
+       convolution<torch::nn::Conv2d>(Conv2dOptions(3, 5, 3).padding(1).padding_mode(torch::kCircular)),
+       {2, 3, 7, 6},
+       {"conv"},
+       conv},
+      {"Conv2dGroups",
+       convolution<torch::nn::Conv2d>(Conv2dOptions(6, 9, 3).groups(3).padding(1)),
+       {2, 6, 5, 4},
+       {"conv"},
+       conv},
+      {"Conv2dDepthwise",
+       convolution<torch::nn::Conv2d>(Conv2dOptions(4, 12, 3).groups(4)),
+       {2, 4, 5, 4},
+       {"conv"},
+       conv},
+      {"Conv2dParts",
+       convolution<torch::nn::Conv2d>(Conv2dOptions(3, 6, 1)),
+       {2, 3, 4, 4},
+       {"conv[q,v]"},
+       {{"conv.*.q", "conv.weight", 0}, {"conv.*.v", "conv.weight", 4}}},
+      {"Conv3d",
+       convolution<torch::nn::Conv3d>(Conv3dOptions(2, 4, 2).stride({1, 2, 1})),
+       {2, 2, 4, 4, 3},
+       {"conv"},
+       conv},
+      {"ConvTranspose2d",
+       convolution<torch::nn::ConvTranspose2d>(torch::nn::ConvTranspose2dOptions(4, 3, 3).stride(2)),
+       {2, 4, 3, 3},
+       {"conv"},
+       conv,
+       "aten::conv_transpose2d.input"},
+      {"Bilinear", maker<Form>(), {4, 12}, {"form"}, {{"form.*", "form.weight"}}, "aten::bilinear"},
   };
   return cases;
 }

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/record_function.h>
 
+#include <algorithm>
 #include <memory>
 #include <set>
 #include <string>
@@ -36,13 +37,15 @@ class OperatorRecorder {
   /// In the order in which they began.
   const std::vector<std::string>& names() const { return names_; }
 
-  /// Operators that returned a tensor of these sizes, or transposed, in memory of its own.
-  std::set<std::string> makers_of(int64_t rows, int64_t columns, const std::set<const void*>& known_storages) const {
+  /// Operators that returned a tensor of these sizes, or of a matrix's transposed or a kernel's flattened ones, in
+  /// memory of its own.
+  std::set<std::string> makers_of(at::IntArrayRef sizes, const std::set<const void*>& known_storages) const {
+    const auto rows = sizes[0], columns = c10::multiply_integers(sizes.slice(1));
+    const std::vector<std::vector<int64_t>> forms{sizes.vec(), {rows, columns}, {columns, rows}};
     std::set<std::string> makers;
     for (const auto& output : outputs_) {
-      const bool same = output.sizes == std::vector<int64_t>{rows, columns};
-      const bool transposed = output.sizes == std::vector<int64_t>{columns, rows};
-      if ((same || transposed) && known_storages.count(output.storage) == 0) makers.insert(output.name);
+      const bool same = std::find(forms.begin(), forms.end(), output.sizes) != forms.end();
+      if (same && known_storages.count(output.storage) == 0) makers.insert(output.name);
     }
     return makers;
   }

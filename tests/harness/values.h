@@ -30,11 +30,12 @@ struct Factors {
   std::string path;
   at::Tensor A, B;
   double scaling;
+  std::string name_of_A = "lora_A", name_of_B = "lora_B";
 
   /// The gradients of A and B from that of ΔW, by the chain rule.
   void add_gradients(const at::Tensor& dW, std::map<std::string, at::Tensor>& gradients) const {
-    gradients[path + ".lora_A"] = scaling * at::mm(B.t(), dW);
-    gradients[path + ".lora_B"] = scaling * at::mm(dW, A.t());
+    gradients[path + "." + name_of_A] = scaling * at::mm(B.t(), dW);
+    gradients[path + "." + name_of_B] = scaling * at::mm(dW, A.t());
   }
 };
 

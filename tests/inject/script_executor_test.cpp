@@ -405,7 +405,7 @@ TEST_F(ScriptExecutor, AFrozenModelIsRefusedByName) {
               AllOf(HasSubstr("\"up\""), HasSubstr("2 weights frozen into constants"), HasSubstr("torch.jit.freeze")));
 }
 
-TEST_F(ScriptExecutor, AnEmbeddingIsRefusedByName) {
+TEST_F(ScriptExecutor, AnEmbeddingThatIsAlsoMultipliedWithIsNoted) {
   torch::jit::Module table("Embedding");
   harness::add_parameter(table, "weight", {15, 6}, 1);
   torch::jit::Module model("Root");
@@ -413,8 +413,14 @@ TEST_F(ScriptExecutor, AnEmbeddingIsRefusedByName) {
   model.define(
       "def forward(self, ids):\n  e = torch.embedding(self.wte.weight, ids)\n  return torch.linear(e, "
       "self.wte.weight)\n");
-  EXPECT_THAT(message_of([&] { lora::inject(model, LoraConfig().target_modules({"wte"})); }),
-              HasSubstr("found Embedding at wte"));
+  const auto ids = at::arange(15);
+  auto adapters = lora::inject(model, LoraConfig().r(2).target_modules({"wte"}));
+  EXPECT_THAT(adapters.report().notes, ::testing::ElementsAre(HasSubstr("wte is multiplied with as well")));
+  harness::fill(adapters);
+  const auto unmerged = model.forward({ids}).toTensor();
+  EXPECT_THAT(adapters.fallbacks(), ::testing::IsEmpty());
+  adapters.merge();
+  EXPECT_LT(harness::largest(unmerged - model.forward({ids}).toTensor()), 1e-12);
 }
 
 TEST_F(ScriptExecutor, ATiedHeadOfALoadedArchiveIsNoted) {

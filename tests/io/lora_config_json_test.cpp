@@ -12,6 +12,7 @@ namespace {
 
 using lora::LoraConfig;
 using lora::detail::Json;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
@@ -47,7 +48,7 @@ TEST(LoraConfigJson, MissingKeysHavePeftsDefaults) {
 }
 
 TEST(LoraConfigJson, ReadsEveryKeyOfPefts) {
-  for (const std::string name : {"all_linear", "causal_lm", "defaults", "patterns", "regex"}) {
+  for (const std::string name : {"all_linear", "causal_lm", "defaults", "layers", "patterns", "regex"}) {
     const auto json = golden(name);
     const auto result = read(json);
     EXPECT_THAT(result.problems, IsEmpty()) << name;
@@ -61,8 +62,13 @@ TEST(LoraConfigJson, ReadsEveryKeyOfPefts) {
 }
 
 TEST(LoraConfigJson, RefusesByNameWhatItDoesNotCompute) {
-  for (const std::string name : {"layers", "beyond_lora"}) EXPECT_FALSE(read(golden(name)).problems.empty()) << name;
-  EXPECT_THAT(read(golden("layers")).problems, ::testing::Contains(HasSubstr("layers_to_transform")));
+  EXPECT_THAT(read(golden("beyond_lora")).problems, ::testing::ElementsAre(HasSubstr("use_dora")));
+  const auto replicated =
+      Json{{"peft_type", "LORA"}, {"target_modules", {"up"}}, {"layer_replication", {{0, 2}, {1, 3}}}};
+  EXPECT_THAT(read(replicated).problems,
+              ::testing::ElementsAre(AllOf(HasSubstr("layer_replication"), HasSubstr("build the model"))));
+  const auto with_parameters = Json{{"peft_type", "LORA"}, {"target_modules", {"up"}}, {"target_parameters", {"gate"}}};
+  EXPECT_THAT(read(with_parameters).problems, ::testing::ElementsAre(HasSubstr("target_parameters")));
 }
 
 TEST(LoraConfigJson, WritesWhatItReads) {
@@ -76,7 +82,19 @@ TEST(LoraConfigJson, WritesWhatItReads) {
                           .exclude_modules("h\\.1\\..*")
                           .rank_pattern({{"b", 3}, {"a", 4}})
                           .alpha_pattern({{"z", 1}, {"a", 0.5}})
+                          .layers_to_transform({3, 1})
+                          .layers_pattern("h")
+                          .bias(lora::BiasCopies::kAdaptedOnly)
+                          .modules_to_save({"score", "ln_f"})
+                          .trainable_token_indices({{"wte", {4, 2}}})
+                          .fan_in_fan_out(true)
+                          .task_type("CAUSAL_LM")
+                          .base_model_name_or_path("base")
+                          .revision("main")
+                          .auto_mapping("{\"base_model_class\":\"Net\"}")
                           .fused_parts("c_attn", {{"q", 8}, {"k", 2}, {"v", 2}});
+  EXPECT_EQ(lora::detail::lora_config_json(config),
+            lora::detail::lora_config_json(read(lora::detail::lora_config_json(config)).config));
   const auto result = read(Json::parse(lora::detail::lora_config_json(config).dump()));
   EXPECT_THAT(result.problems, IsEmpty());
   const auto& read_back = result.config;

@@ -51,6 +51,28 @@ class LoraConfig {
   TORCH_ARG(TargetModules, target_modules);
   /// Modules that are left alone although target_modules or target_if choose them.
   TORCH_ARG(TargetModules, exclude_modules);
+  /// Confines the names of target_modules to layers with these indices: in h.3.attn.c_attn the index is 3. A whole path
+  /// in target_modules is not confined.
+  TORCH_ARG(OneOrMore<int64_t>, layers_to_transform);
+  /// The lists of layers that layers_to_transform counts in, as "h": regular expressions; none: any list.
+  TORCH_ARG(OneOrMore<std::string>, layers_pattern);
+  /// Modules that the adapter has trainable copies of, whole: names as in target_modules. The base keeps its own.
+  TORCH_ARG(std::vector<std::string>, modules_to_save);
+  /// The biases that the adapter has trainable copies of; the base keeps its own.
+  TORCH_ARG(BiasCopies, bias) = BiasCopies::kNone;
+  /// Whether B has a bias [out], zero at the start: y += s · bias.
+  TORCH_ARG(bool, lora_bias) = false;
+  /// Rows of embeddings that the adapter has trainable copies of; where a head is tied to the embedding, of its rows.
+  TORCH_ARG(TokenIndices, trainable_token_indices);
+  /// PEFT's note that the weights are [in, out]; the layout is found by itself, and the files say it.
+  TORCH_ARG(bool, fan_in_fan_out) = false;
+  /// PEFT's note of the task, as "CAUSAL_LM"; it changes nothing here.
+  TORCH_ARG(std::string, task_type);
+  /// PEFT's note of the base model and its revision; they change nothing here.
+  TORCH_ARG(std::string, base_model_name_or_path);
+  TORCH_ARG(std::string, revision);
+  /// PEFT's note of the Python classes, JSON text that is kept as it is.
+  TORCH_ARG(std::string, auto_mapping);
   /// Other ranks for the modules whose path, or its end behind a dot, matches the regular expression; the first wins.
   TORCH_ARG(Pattern<int64_t>, rank_pattern);
   /// Other alphas, matched as rank_pattern.
@@ -79,6 +101,21 @@ class LoraConfig {
   }
   const Targeting::FusedParts& fused_parts() const noexcept { return fused_parts_; }
 
+  Targeting targeting() const {
+    Targeting targeting;
+    targeting.modules = target_modules();
+    targeting.exclude = exclude_modules();
+    targeting.predicate = target_if();
+    targeting.script_predicate = target_script_if();
+    targeting.fused_parts = fused_parts();
+    targeting.layers = LayerFilter(layers_to_transform().values(), layers_pattern().values());
+    targeting.bias = bias();
+    targeting.update_bias = lora_bias();
+    targeting.modules_to_save = modules_to_save();
+    targeting.tokens = trainable_token_indices();
+    return targeting;
+  }
+
   /// Throws c10::ValueError for a value outside its range.
   void validate() const {
     check_rank(r(), "r");
@@ -92,6 +129,8 @@ class LoraConfig {
       TORCH_CHECK_VALUE(entry.parts.empty(), "[lora::LoraConfig] found parts in exclude_modules, \"", entry.text,
                         "\", expected modules; choose parts by target_modules");
     }
+    check_layers();
+    check_copies();
     for (const auto& [name, parts] : fused_parts()) {
       TORCH_CHECK_VALUE(!parts.empty(), "[lora::LoraConfig] found no parts in fused_parts(\"", name, "\")");
       std::set<std::string> known;
@@ -106,6 +145,37 @@ class LoraConfig {
   }
 
  private:
+  void check_layers() const {
+    TORCH_CHECK_VALUE(layers_to_transform().empty() || target_modules().kind() == TargetModules::Kind::kList,
+                      "[lora::LoraConfig] found layers_to_transform without a list in target_modules, expected names "
+                      "that it confines; a regular expression can name the layers itself");
+    TORCH_CHECK_VALUE(layers_pattern().empty() || !layers_to_transform().empty(),
+                      "[lora::LoraConfig] found layers_pattern without layers_to_transform, expected both");
+    for (const auto index : layers_to_transform().values()) {
+      TORCH_CHECK_VALUE(index >= 0, "[lora::LoraConfig] found the layer ", index,
+                        " in layers_to_transform, expected indices from 0 on");
+    }
+  }
+
+  void check_copies() const {
+    for (const auto& name : modules_to_save()) {
+      TORCH_CHECK_VALUE(!name.empty(),
+                        "[lora::LoraConfig] found an empty name in modules_to_save, expected a module's "
+                        "path or its end");
+    }
+    for (const auto& [name, tokens] : trainable_token_indices().embeddings()) {
+      TORCH_CHECK_VALUE(!tokens.empty(), "[lora::LoraConfig] found no token in trainable_token_indices, expected some");
+      std::set<int64_t> known;
+      for (const auto token : tokens) {
+        TORCH_CHECK_VALUE(token >= 0 && known.insert(token).second, "[lora::LoraConfig] found the token ", token,
+                          " in trainable_token_indices, expected each token once, from 0 on");
+      }
+    }
+    TORCH_CHECK_VALUE(!lora_bias() || init_lora_weights() == LoraInit::kKaiming,
+                      "[lora::LoraConfig] found lora_bias with another start than the default, expected the default: "
+                      "PEFT reads no other file");
+  }
+
   static void check_rank(int64_t rank, const std::string& name) {
     TORCH_CHECK_VALUE(rank > 0, "[lora::LoraConfig] found ", name, " = ", rank, ", expected a rank of at least 1");
   }

@@ -10,7 +10,9 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -106,7 +108,102 @@ class TargetModules {
   std::shared_ptr<const detail::PythonRegex> regex_;
 };
 
-/// Where the updates of an adapter go: the part of a configuration that all methods share.
+/// A value or a list of values: PEFT's files keep the two apart.
+template <class Value>
+class OneOrMore {
+ public:
+  OneOrMore() = default;
+  template <class One, class = std::enable_if_t<std::is_convertible_v<One, Value>>>
+  OneOrMore(One value) : values_{Value(std::move(value))} {}  // NOLINT: implicit as TORCH_ARG wants
+  OneOrMore(std::initializer_list<Value> values) : values_(values), is_list_(true) {}
+  OneOrMore(std::vector<Value> values) : values_(std::move(values)), is_list_(true) {}  // NOLINT
+
+  bool empty() const noexcept { return values_.empty(); }
+  bool is_list() const noexcept { return is_list_; }
+  const std::vector<Value>& values() const noexcept { return values_; }
+
+ private:
+  std::vector<Value> values_;
+  bool is_list_ = false;
+};
+
+/// The layers that target names are confined to: those with the given indices in a list of layers.
+class LayerFilter {
+ public:
+  LayerFilter() = default;
+  /// `lists` are regular expressions for the path of the list, or its end behind a dot, as "h"; none: any list.
+  LayerFilter(std::vector<int64_t> indices, const std::vector<std::string>& lists) : indices_(std::move(indices)) {
+    for (const auto& list : lists) lists_.emplace_back("(.*\\.)?(" + list + ")");
+  }
+
+  bool empty() const noexcept { return indices_.empty(); }
+
+  /// The same by PEFT's rule: without lists, it counts in lists below another module only.
+  bool contains_in_peft(const std::string& path) const {
+    if (!lists_.empty()) return contains(path);
+    return contains(path, [](const std::string& name) { return name.find('.') != std::string::npos; }).value_or(false);
+  }
+
+  /// Whether the first number in the path that stands behind a list's name is one of the indices; of several lists the
+  /// first that the path holds decides.
+  bool contains(const std::string& path) const {
+    if (lists_.empty()) return contains(path, [](const std::string&) { return true; }).value_or(false);
+    for (const auto& list : lists_) {
+      const auto found = contains(path, [&](const std::string& name) { return list.fullmatch(name); });
+      if (found) return *found;
+    }
+    return false;
+  }
+
+ private:
+  template <class IsList>
+  std::optional<bool> contains(const std::string& path, const IsList& is_list) const {
+    constexpr size_t kMostDigits = 18;  // an int64_t holds them
+    for (size_t begin = path.find('.'); begin != std::string::npos; begin = path.find('.', begin + 1)) {
+      const auto end = path.find('.', begin + 1);
+      if (end == std::string::npos) break;
+      const auto component = path.substr(begin + 1, end - begin - 1);
+      const bool is_number = !component.empty() && component.find_first_not_of("0123456789") == std::string::npos;
+      if (!is_number || component.size() > kMostDigits || !is_list(path.substr(0, begin))) continue;
+      return std::find(indices_.begin(), indices_.end(), std::stoll(component)) != indices_.end();
+    }
+    return std::nullopt;
+  }
+
+  std::vector<int64_t> indices_;
+  std::vector<detail::PythonRegex> lists_;
+};
+
+/// Which biases of the model an adapter has copies of.
+enum class BiasCopies {
+  kNone,
+  kAll,          ///< Of every layer.
+  kAdaptedOnly,  ///< Of the layers that the adapter updates: PEFT's "lora_only".
+};
+
+/// Rows of embeddings that an adapter has copies of: tokens by the embedding's path or its end behind a dot. Without a
+/// name they are of the model's input embedding.
+class TokenIndices {
+ public:
+  using Tokens = std::vector<int64_t>;
+
+  TokenIndices() = default;
+  TokenIndices(std::initializer_list<int64_t> tokens) : TokenIndices(Tokens(tokens)) {}
+  TokenIndices(Tokens tokens) : is_list_(true) { embeddings_.emplace_back("", std::move(tokens)); }  // NOLINT
+  TokenIndices(std::initializer_list<std::pair<std::string, Tokens>> embeddings) : embeddings_(embeddings) {}
+  TokenIndices(std::vector<std::pair<std::string, Tokens>> embeddings)  // NOLINT
+      : embeddings_(std::move(embeddings)) {}
+
+  bool empty() const noexcept { return embeddings_.empty(); }
+  bool is_list() const noexcept { return is_list_; }
+  const std::vector<std::pair<std::string, Tokens>>& embeddings() const noexcept { return embeddings_; }
+
+ private:
+  std::vector<std::pair<std::string, Tokens>> embeddings_;
+  bool is_list_ = false;
+};
+
+/// Where an adapter goes and what it has copies of: the part of a configuration that all methods share.
 struct Targeting {
   using Predicate = std::function<bool(const std::string& path, const torch::nn::Module& module)>;
   using ScriptPredicate = std::function<bool(const std::string& path, const torch::jit::Module& module)>;
@@ -117,6 +214,11 @@ struct Targeting {
   Predicate predicate;
   ScriptPredicate script_predicate;
   FusedParts fused_parts;
+  LayerFilter layers;
+  BiasCopies bias = BiasCopies::kNone;
+  bool update_bias = false;  // the updates have a bias of their own
+  std::vector<std::string> modules_to_save;
+  TokenIndices tokens;
 };
 
 LORA_NAMESPACE_END

@@ -4,6 +4,7 @@
 #include <lora/version.h>
 
 #include <cctype>
+#include <optional>
 #include <regex>
 #include <string>
 #include <utility>
@@ -27,6 +28,19 @@ class PythonRegex {
       TORCH_CHECK_VALUE(false, "[lora::regex] found the pattern \"", pattern_,
                         "\", expected a valid regular expression: ", error.what());
     }
+  }
+
+  /// Python's re.sub(pattern, replacement, text), with \\1 to \\9 for groups; nothing where the pattern is not found.
+  std::optional<std::string> substituted(const std::string& text, const std::string& replacement) const {
+    if (!std::regex_search(text, regex_)) return std::nullopt;
+    std::string format;
+    for (size_t i = 0; i < replacement.size(); ++i) {
+      const bool group = replacement[i] == '\\' && i + 1 < replacement.size() &&
+                         std::isdigit(static_cast<unsigned char>(replacement[i + 1]));
+      if (replacement[i] == '$') format += '$';
+      format += group ? '$' : replacement[i];
+    }
+    return std::regex_replace(text, regex_, format);
   }
 
   /// Python's re.fullmatch(pattern, text) is not None.

@@ -25,7 +25,7 @@ class PlainModel {
   explicit PlainModel(ModelAdapters& adapters) : adapters_(adapters) {
     for (auto& site : adapters_.sites()) {
       if (site.weight == nullptr) continue;
-      site.host->set_weight(site.weight->base());
+      site.host->set_weight(site.base());
       for (const auto& adapter : site.adapters) {
         const auto node = adapter.node.lock();
         const bool known =
@@ -92,6 +92,7 @@ std::shared_ptr<Model> clone(const Model& model, const std::optional<torch::Devi
   detail::Names trainable;
   for (const auto& adapter : adapters->adapters()) {
     detail::PreparedAdapter prepared{adapter.name, adapter.method, adapter.report, {}};
+    std::map<const c10::TensorImpl*, at::Tensor> cloned;
     for (const auto& site : adapters->sites()) {
       const auto* updates = site.find(adapter.name);
       if (updates == nullptr) continue;
@@ -101,9 +102,7 @@ std::shared_ptr<Model> clone(const Model& model, const std::optional<torch::Devi
                          " outside of the given model, expected the model that was injected into");
       }
       const auto target = found->second;
-      auto copied = std::make_shared<detail::WeightAdapter>(*updates);
-      for (auto& part : copied->parts) part.update = part.update->clone(state->sites()[target].base().device());
-      prepared.updates.emplace_back(target, std::move(copied));
+      prepared.sites.emplace(target, std::make_shared<detail::WeightAdapter>(updates->clone(device, cloned)));
     }
     state->attach(std::move(prepared));
     if (adapter.trainable) trainable.push_back(adapter.name);

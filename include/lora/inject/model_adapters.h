@@ -1,9 +1,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 #include <lora/detail/error.h>
-#include <lora/inject/plan.h>
+#include <lora/inject/planner.h>
 #include <lora/inject/prepare.h>
 #include <lora/inject/report.h>
 #include <lora/inject/site.h>
@@ -134,10 +135,10 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   }
 
   /// Chooses the sites for an adapter; the model is not touched.
-  Plan plan(const Method& method, const std::string& name, Unmatched unmatched) const {
+  Plan plan(const Method& method, const Targeting& targeting, const std::string& name, Unmatched unmatched) const {
     check_name(name);
     check_no_inference_mode("inject");
-    auto plan = Planner(model_, method.targeting(), unmatched).plan();
+    auto plan = Planner(model_, targeting, unmatched).plan();
     std::vector<std::vector<std::string>> names;
     for (const auto& planned : plan.sites) names.push_back(names_of(model_.sites[planned.site]));
     std::string entries;
@@ -152,15 +153,15 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
 
   /// Makes a new adapter and puts it into the model, neither active nor trainable.
   void add(const std::shared_ptr<const Method>& method, const std::string& name) {
-    attach(prepare(model_.sites, method, name, plan(*method, name, Unmatched::kError), /*initialise=*/true));
+    const auto chosen = plan(*method, method->targeting(), name, Unmatched::kError);
+    attach(AdapterMaker(model_.sites, method, name, chosen, /*initialise=*/true).make());
   }
 
   /// Puts a prepared adapter into the model, neither active nor trainable. On an exception the model is as before.
   void attach(PreparedAdapter prepared) {
-    size_t done = 0;
     std::map<std::string, std::shared_ptr<AdapterNode>> nodes;
     try {
-      for (; done < prepared.updates.size(); ++done) attach(prepared, done, nodes);
+      for (const auto& [index, adapter] : prepared.sites) attach(prepared, index, adapter, nodes);
     } catch (...) {
       detach(prepared.name);
       throw;
@@ -196,19 +197,44 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     for (auto& adapter : adapters_) adapter.trainable = contains(names, adapter.name);
     for (auto& site : model_.sites) {
       for (const auto& adapter : site.adapters) {
-        for (const auto& part : adapter.updates->parts) {
-          for (auto& named : part.update->tensors()) {
-            named.tensor.set_requires_grad(contains(names, adapter.updates->adapter));
-          }
+        for (auto& [child, named] : adapter.updates->tensors()) {
+          if (named.role == TensorRole::kBuffer) continue;
+          named.tensor.set_requires_grad(contains(names, adapter.updates->adapter));
         }
       }
     }
     announce_gradients();
   }
 
+  /// Throws a StateError where two of the adapters have values in place of the same ones of the base.
+  void check_copies(const Names& active) const {
+    std::string problems;
+    for (const auto& site : model_.sites) {
+      std::string owner;
+      std::map<int64_t, std::string> owners;
+      for (const auto& name : active) {
+        const auto* adapter = site.find(name);
+        if (adapter == nullptr) continue;
+        const auto conflict = [&](const std::string& other, const std::string& what) {
+          problems += (problems.empty() ? "" : "\n") + ("[lora::adapters] found " + what) + " of both \"" + other +
+                      "\" and \"" + name + "\" active at " + site.parameter_path() +
+                      ", expected those of one: copies have no sum";
+        };
+        if (adapter->copy.defined() && !owner.empty()) conflict(owner, "copies");
+        if (adapter->copy.defined()) owner = name;
+        for (const auto id : adapter->rows.ids) {
+          const auto [known, is_new] = owners.emplace(id, name);
+          if (!is_new) conflict(known->second, "rows of token " + std::to_string(id));
+        }
+      }
+    }
+    if (!problems.empty()) throw StateError(problems);
+  }
+
   /// Makes `active` the active adapters. `weights` holds the merged W′ of sites by index, `merged` the adapters in
   /// them; a site without one goes back to W0.
   void install(const Names& active, const Names& merged, const std::map<size_t, at::Tensor>& weights = {}) {
+    check_copies(active);
     std::vector<SiteChange> changes;
     bool any_carrier = false;
     for (size_t i = 0; i < model_.sites.size(); ++i) {
@@ -234,26 +260,33 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     if (session_ != nullptr && !any_carrier) session_->end();
   }
 
-  /// Leaves the model as it was before the first injection, with `weights` (by site) in place of W0 where given.
-  void unload(const std::map<size_t, at::Tensor>& weights) {
+  /// Puts W′ in place of a site's W0 for good, in the registry too.
+  void replace(size_t index, const at::Tensor& merged) {
+    auto& site = model_.sites[index];
+    site.weight->publish(site.weight->base(), {});  // a carrier that somebody else holds is the base from now on
+    if (!site.host->alive()) return;
+    auto base = site.base();
+    if (base.defined() && !site.may_be_tied) {
+      base.set_data(merged);
+    } else {
+      base = merged;
+      site.host->set_parameter(base);
+      untied_.emplace_back(base, site.weight->base());
+    }
+    site.host->set_weight(base);
+    replaced_.insert(index);
+  }
+
+  /// Leaves the model as it was before the first injection, but for what replace() has put there.
+  void unload() {
     const auto self = shared_from_this();  // the nodes and carriers that go away may be its last owners
     active_.clear();
     merged_.clear();
     for (size_t i = 0; i < model_.sites.size(); ++i) {
       auto& site = model_.sites[i];
-      if (site.weight == nullptr) continue;
-      auto base = site.weight->base();
-      site.weight->publish(base, {});  // a carrier that somebody else holds is the base from now on
-      if (!site.host->alive()) continue;
-      const auto merged = weights.find(i);
-      if (merged != weights.end() && !site.may_be_tied) {
-        base.set_data(merged->second);
-      } else if (merged != weights.end()) {
-        base = merged->second;
-        site.host->set_parameter(base);
-        untied_.emplace_back(base, site.weight->base());
-      }
-      site.host->set_weight(base);
+      if (site.weight == nullptr || replaced_.count(i) != 0) continue;
+      site.weight->publish(site.weight->base(), {});
+      if (site.host->alive()) site.host->set_weight(site.base());
     }
     while (!adapters_.empty()) detach(std::string(adapters_.back().name));
     for (auto& [parameter, required] : original_parameters_) {
@@ -276,6 +309,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       site.aliases.push_back(join_path(root, site.file_path));
       site.file_path = site.aliases.back();
       site.module_path = join_path(root, site.module_path);
+      site.module_file_path = join_path(root, site.module_file_path);
       if (site.weight != nullptr) site.weight->set_calls(calls_);
       for (const auto& adapter : site.adapters) {
         if (const auto node = adapter.node.lock()) node->set_owner(shared_from_this());
@@ -334,34 +368,42 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       const auto slot = site.host->weight();
       auto base = site.weight->base();
       if (as_carrier(slot) != nullptr || (slot.dtype() == base.dtype() && slot.device() == base.device())) continue;
-      const auto method_dtype = [&](const std::string& name) {
-        return adapter(name).method->tensor_dtype(slot.scalar_type());
-      };
       base.set_data(base.to(slot.options()));
-      for (const auto& adapter : site.adapters) {
-        for (const auto& part : adapter.updates->parts) {
-          for (auto& named : part.update->tensors()) {
-            named.tensor.set_data(named.tensor.to(slot.device(), method_dtype(adapter.updates->adapter)));
-          }
+      for (const auto& owner : site.adapters) {
+        const auto dtype = adapter(owner.updates->adapter).method->tensor_dtype(slot.scalar_type());
+        for (auto& [child, named] : owner.updates->tensors()) {
+          const bool buffer = named.role == TensorRole::kBuffer;
+          named.tensor.set_data(named.tensor.to(slot.device(), buffer ? slot.scalar_type() : dtype));
         }
       }
     }
   }
 
-  void attach(const PreparedAdapter& prepared, size_t index,
+  void attach(const PreparedAdapter& prepared, size_t index, const std::shared_ptr<WeightAdapter>& adapter,
               std::map<std::string, std::shared_ptr<AdapterNode>>& nodes) {
-    const auto& [site_index, updates] = prepared.updates[index];
-    auto& site = model_.sites[site_index];
+    auto& site = model_.sites[index];
     if (site.weight == nullptr) {
-      site.weight = std::make_shared<AdaptedWeight>(site.host, site.host->weight(), calls_, site.transposed);
+      auto base = site.host->weight();
+      const bool absent = !base.defined();
+      if (absent) base = absent_bias(site);
+      site.weight = std::make_shared<AdaptedWeight>(site.host, std::move(base), calls_, site.layout, absent);
     }
     auto& node = nodes[site.module_path];
     if (node == nullptr) {
       node = std::make_shared<AdapterNode>(node_name(prepared.name), shared_from_this(), prepared.method);
       if (site.host->takes_nodes()) site.host->attach(node_name(prepared.name), node);
     }
-    site.adapters.push_back({updates, node});  // first: from here on detach() takes it back
-    node->add(site.weight, *updates, site.local_name());
+    site.adapters.push_back({adapter, node});  // first: from here on detach() takes it back
+    node->add(site.weight, *adapter);
+  }
+
+  /// What the bias of a layer without one counts as.
+  at::Tensor absent_bias(const Site& bias) const {
+    for (const auto& site : model_.sites) {
+      if (site.module_path != bias.module_path || !site.takes_updates()) continue;
+      return at::zeros({site.base_matrix().size(0)}, site.base().options().requires_grad(false));
+    }
+    throw StateError("[lora::inject] found no weight beside " + bias.parameter_path() + ", expected one");
   }
 
   ModelSites model_;
@@ -371,6 +413,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   std::shared_ptr<CallState> calls_ = std::make_shared<CallState>();
   std::vector<std::pair<at::Tensor, bool>> original_parameters_;  // with their requires_grad
   std::vector<std::pair<at::Tensor, at::Tensor>> untied_;
+  std::set<size_t> replaced_;
   std::shared_ptr<CarrierSession> session_;
   std::weak_ptr<void> handle_;
   std::recursive_mutex mutex_;

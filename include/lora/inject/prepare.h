@@ -1,6 +1,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/GradMode.h>
 #include <lora/inject/plan.h>
 #include <lora/inject/report.h>
 #include <lora/inject/site.h>
@@ -8,6 +11,7 @@
 #include <lora/version.h>
 #include <lora/weight/adapted_weight.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <string>
@@ -22,42 +26,117 @@ struct PreparedAdapter {
   std::string name;
   std::shared_ptr<const Method> method;
   InjectionReport report;
-  std::vector<std::pair<size_t, std::shared_ptr<WeightAdapter>>> updates;  // site index, updates
+  std::map<size_t, std::shared_ptr<WeightAdapter>> sites;  // by site index
 };
 
-/// Makes the updates of a planned adapter, without values where they are not to be `initialise`d; the model is not
-/// touched.
-inline PreparedAdapter prepare(const std::vector<Site>& sites, const std::shared_ptr<const Method>& method,
-                               const std::string& name, const Plan& plan, bool initialise) {
-  PreparedAdapter prepared{name, method, {}, {}};
-  std::map<size_t, InjectionReport::Module> modules;
-  for (const auto& planned : plan.sites) {
-    const auto& site = sites[planned.site];
-    const auto base = site.base_matrix();
-    const auto options = base.options().dtype(method->tensor_dtype(base.scalar_type())).requires_grad(false);
-    auto adapter = std::make_shared<WeightAdapter>();
-    adapter->adapter = name;
-    adapter->dropout = method->dropout();
-    InjectionReport::Module module{site.path, "", base.size(0), base.size(1), 0};
-    for (const auto& part : planned.parts) {
-      adapter->parts.push_back(
-          {part.name, part.begin, method->create({names_of(site), base.size(1), part.size, options, initialise})});
-      if (!part.name.empty()) module.parts += (module.parts.empty() ? "" : ",") + part.name;
-      for (const auto& named : adapter->parts.back().update->tensors()) module.parameters += named.tensor.numel();
+/// Makes what an adapter has on each site of its plan; the model is not touched.
+class AdapterMaker {
+ public:
+  /// `initialise`: false leaves the updates without values. Copies begin with the base's values either way.
+  AdapterMaker(const std::vector<Site>& sites, std::shared_ptr<const Method> method, const std::string& name,
+               const Plan& plan, bool initialise)
+      : sites_(sites), plan_(plan), initialise_(initialise) {
+    prepared_.name = name;
+    prepared_.method = std::move(method);
+  }
+
+  PreparedAdapter make() {
+    const c10::NoGradGuard no_grad;
+    for (const auto& planned : plan_.sites) add_updates(planned);
+    for (const auto& planned : plan_.offsets) add_offset(planned);
+    for (const auto index : plan_.copies) add_copy(index);
+    for (const auto& planned : plan_.rows) add_rows(planned);
+    write_report();
+    return std::move(prepared_);
+  }
+
+ private:
+  const Method& method() const { return *prepared_.method; }
+
+  at::TensorOptions options(const at::Tensor& base) const {
+    return base.options().dtype(method().tensor_dtype(base.scalar_type())).requires_grad(false);
+  }
+
+  WeightAdapter& at(size_t index) {
+    auto& adapter = prepared_.sites[index];
+    if (adapter == nullptr) {
+      adapter = std::make_shared<WeightAdapter>();
+      adapter->adapter = prepared_.name;
+      adapter->name = sites_[index].takes_updates() ? sites_[index].local_name() : "";
+      adapter->dropout = method().dropout();
     }
-    if (!module.parts.empty()) module.parts = "[" + module.parts + "]";
-    prepared.updates.emplace_back(planned.site, std::move(adapter));
-    modules[planned.site] = std::move(module);
+    return *adapter;
   }
-  prepared.report.adapter = name;
-  prepared.report.notes = plan.notes;
-  for (const auto& entry : plan.entries) {
-    InjectionReport::Entry lines{entry.target, {}};
-    for (const auto site : entry.sites) lines.modules.push_back(modules.at(site));
-    prepared.report.entries.push_back(std::move(lines));
+
+  void add_updates(const PlannedSite& planned) {
+    const auto& site = sites_[planned.site];
+    const auto base = site.base_matrix();
+    UpdateSpec spec{names_of(site), base.size(1), 0, options(base), initialise_, site.layout == WeightLayout::kTable};
+    auto& adapter = at(planned.site);
+    auto& line = lines_[planned.site] = {site.path, "", base.size(0), base.size(1), 0};
+    for (const auto& part : planned.parts) {
+      spec.out_features = part.size;
+      adapter.parts.push_back({part.name, part.begin, method().create(spec)});
+      if (!part.name.empty()) line.parts += (line.parts.empty() ? "" : ",") + part.name;
+      for (const auto& named : adapter.parts.back().update->tensors()) line.parameters += named.tensor.numel();
+    }
+    if (!line.parts.empty()) line.parts = "[" + line.parts + "]";
   }
-  return prepared;
-}
+
+  void add_offset(const PlannedOffset& planned) {
+    const auto& weight = sites_[planned.weight];
+    const auto child = planned.part.empty() ? weight.local_name() : planned.part;
+    auto values = at::zeros({planned.size}, options(weight.base()));
+    const auto& parts = at(planned.weight).parts;
+    const auto part = std::find_if(parts.begin(), parts.end(), [&](const auto& p) { return p.name == planned.part; });
+    at(planned.site).offsets.push_back({child, planned.begin, std::move(values), part->update->low_rank().scaling});
+    lines_[planned.weight].parameters += planned.size;
+  }
+
+  void add_copy(size_t index) {
+    const auto& site = sites_[index];
+    const auto base = site.base();
+    auto& adapter = at(index);
+    const auto dtype =
+        site.is_buffer || !base.is_floating_point() ? base.scalar_type() : method().tensor_dtype(base.scalar_type());
+    adapter.copy = base.detach().to(base.options().dtype(dtype), /*non_blocking=*/false, /*copy=*/true);
+    adapter.copy_name = site.parameter;
+    adapter.copies_buffer = site.is_buffer;
+    const auto rows = base.dim() == 0 ? 1 : base.size(0);
+    lines_[index] = {site.parameter_path(), "", rows, base.dim() < 2 ? 0 : base.numel() / std::max<int64_t>(rows, 1),
+                     site.is_buffer ? 0 : base.numel()};
+  }
+
+  void add_rows(const PlannedRows& planned) {
+    const auto& site = sites_[planned.site];
+    const auto base = site.base().detach();
+    TokenRows rows{planned.ids, at::Tensor()};
+    rows.values = at::zeros({static_cast<int64_t>(planned.ids.size()), base.size(1)}, options(base));
+    rows.values.copy_(base.index_select(0, rows.index()));
+    lines_[planned.site] = {site.path, "", rows.values.size(0), rows.values.size(1), rows.values.numel()};
+    for (const auto tied : planned.tied) {
+      at(tied).rows = rows;
+      at(tied).rows_tied = true;
+    }
+    at(planned.site).rows = std::move(rows);
+  }
+
+  void write_report() {
+    prepared_.report.adapter = prepared_.name;
+    prepared_.report.notes = plan_.notes;
+    for (const auto& entry : plan_.entries) {
+      InjectionReport::Entry lines{entry.target, {}};
+      for (const auto site : entry.sites) lines.modules.push_back(lines_.at(site));
+      prepared_.report.entries.push_back(std::move(lines));
+    }
+  }
+
+  const std::vector<Site>& sites_;
+  const Plan& plan_;
+  bool initialise_;
+  PreparedAdapter prepared_;
+  std::map<size_t, InjectionReport::Module> lines_;
+};
 
 }  // namespace detail
 LORA_NAMESPACE_END

@@ -18,8 +18,8 @@ struct InjectionReport {
     std::string path;
     std::string parts;  // "[q,v]"; empty: the whole weight
     int64_t out_features = 0;
-    int64_t in_features = 0;
-    int64_t parameters = 0;  // of the adapter on this module
+    int64_t in_features = 0;  // 0: a vector
+    int64_t parameters = 0;   // of the adapter on this module
   };
   struct Entry {
     std::string target;
@@ -54,8 +54,9 @@ inline std::ostream& operator<<(std::ostream& out, const InjectionReport& report
     std::vector<std::pair<std::string, int64_t>> lines;
     for (const auto& module : entry.modules) {
       std::ostringstream line;
-      line << detail::without_numbers(module.path) << module.parts << "  [" << module.out_features << ", "
-           << module.in_features << "]  " << module.parameters << " parameters each";
+      line << detail::without_numbers(module.path) << module.parts << "  [" << module.out_features;
+      if (module.in_features > 0) line << ", " << module.in_features;
+      line << "]  " << module.parameters << " parameters each";
       if (lines.empty() || lines.back().first != line.str()) lines.emplace_back(line.str(), 0);
       ++lines.back().second;
     }

@@ -16,7 +16,8 @@
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
-/// A weight of a model that an adapter can live in, and what lives in it.
+/// A parameter of a model that its module's forward reads out of a member or slot, and what adapters live in it.
+/// Updates go into matrices; copies of an adapter's own can stand for any.
 struct Site {
   struct Adapter {
     std::shared_ptr<const WeightAdapter> updates;
@@ -25,28 +26,39 @@ struct Site {
 
   std::string path;                  // "h.0.attn.c_attn", "layers.0.self_attn.in_proj"
   std::vector<std::string> aliases;  // other paths of the same module
-  std::string file_path;             // the module's path in PEFT's files
+  std::string file_path;             // the weight's path in PEFT's files
   std::string module_path;           // the path of the module that the host stands in
+  std::string module_file_path;      // that path in PEFT's files
   std::string parameter;             // the weight's registered name in that module
   std::vector<FusedPart> parts;      // row ranges that the module's type knows: q, k, v
   std::string tied_to;               // another parameter on the same memory; empty: none known
   bool may_be_tied = true;           // false: the walk saw the whole model, and no other parameter on the same memory
   bool tied_to_embedding = false;
-  bool is_linear = false;   // belongs to "all-linear"
-  bool transposed = false;  // the parameter holds [in, out]: its module computes x · W
+  bool is_linear = false;  // belongs to "all-linear"
+  bool is_buffer = false;
+  WeightLayout layout = WeightLayout::kRows;
+  std::string note;     // what the user of an update is to know; empty: nothing
+  std::string refusal;  // why no update can live in the weight; empty: one can
   std::shared_ptr<Host> host;
   std::function<bool(const Targeting&, const std::string& path)> predicate;  // target_if on this module
 
   std::shared_ptr<AdaptedWeight> weight;  // null until an adapter goes in
   std::vector<Adapter> adapters;          // by the order of their injection
 
-  /// The parameter as the model holds it.
-  at::Tensor base() const { return weight ? weight->base() : host->weight(); }
+  /// Whether targets can name the site.
+  bool takes_updates() const { return layout != WeightLayout::kPlain; }
+  /// The parameter as the model holds it; undefined for the bias of a layer without one.
+  at::Tensor base() const {
+    if (weight == nullptr) return host->weight();
+    return weight->absent() ? at::Tensor() : weight->base();
+  }
   /// The parameter's values as [out, in], the way in which updates are counted.
-  at::Tensor base_matrix() const { return transposed ? base().detach().t() : base(); }
+  at::Tensor base_matrix() const { return as_matrix(base().detach(), layout); }
 
   /// The name of the weight inside its module, empty for a module with one weight.
   std::string local_name() const { return path == module_path ? "" : path.substr(path.rfind('.') + 1); }
+  /// The parameter's path in the model: "h.0.ln_1.bias".
+  std::string parameter_path() const { return module_path.empty() ? parameter : module_path + "." + parameter; }
 
   const WeightAdapter* find(const std::string& adapter) const {
     for (const auto& candidate : adapters) {
@@ -69,17 +81,23 @@ inline std::vector<std::string> names_of(const Site& site) {
   return names;
 }
 
+inline constexpr const char* kMaxNormRefusal =
+    "whose max_norm writes to the weight at each lookup, which a weight with an adapter does not allow; build it "
+    "without max_norm";
+
 /// A module that cannot take an adapter, kept to say so by name.
 struct OtherModule {
   std::string path;
   std::string type;
   bool has_parameters = false;
+  std::string reason;  // why no update can live in it; empty: its type is not known
 };
 
 /// Everything that the walk over a model found.
 struct ModelSites {
   std::vector<Site> sites;
   std::vector<OtherModule> others;
+  std::vector<std::string> hidden;  // paths of parameters that no member is known for
   std::string unreachable;  // weights that no host can stand for, as a problem of an injection that fails; empty: none
 };
 

@@ -38,7 +38,9 @@ struct SiteChange {
       const auto* present = as_carrier(host.weight());
       if (present != nullptr && present->weight() == site.weight && present->owner() == owner) return;
       host.set_weight(make_carrier(site.weight, owner));
-    } else if (!is_merged || host.takes_nodes()) {
+    } else if (!is_merged) {
+      host.set_weight(site.base());
+    } else if (host.takes_nodes()) {
       host.set_weight(base);
     } else {
       // An alias carries the mark: the merged weight itself is kept by the state that the mark keeps.

@@ -56,7 +56,8 @@ class RandomState {
   at::Tensor state_;
 };
 
-/// Moves each B a little and makes all tensors trainable, for its lifetime; calls `announce` after both changes.
+/// Moves each factor that may be zero a little and makes all tensors trainable, for its lifetime; calls `announce`
+/// after both changes.
 class Perturbation {
  public:
   Perturbation(const std::vector<UpdateTensor>& tensors, std::function<void()> announce)
@@ -65,7 +66,8 @@ class Perturbation {
     for (const auto& named : tensors) {
       saved_.push_back({named.tensor, named.tensor.detach().clone(), named.tensor.requires_grad()});
       named.tensor.set_requires_grad(true);
-      if (named.role == TensorRole::kOutput) named.tensor.add_(at::randn_like(named.tensor), 0.02);
+      const bool moves = named.role == TensorRole::kOutput || named.role == TensorRole::kEmbedding;
+      if (moves) named.tensor.add_(at::randn_like(named.tensor), 0.02);
     }
     announce_();
   }

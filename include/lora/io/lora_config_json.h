@@ -2,47 +2,18 @@
 
 #include <lora/config/lora_config.h>
 #include <lora/detail/error.h>
+#include <lora/detail/json.h>
 #include <lora/version.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
-#include <nlohmann/json.hpp>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 LORA_NAMESPACE_BEGIN
 namespace detail {
-
-// Ordered, because the first matching entry of rank_pattern and alpha_pattern wins.
-using Json = nlohmann::ordered_json;
-
-/// Reads a JSON object. Throws a FormatError for anything else, and for nesting that is deeper than any
-/// configuration's: writing it into an error message would use up the stack.
-inline Json parse_object(const std::string& text, const std::string& path) {
-  constexpr int kDeepest = 16;
-  std::string problem = "found no JSON object, expected an adapter's configuration";
-  const auto watch = [&](int depth, Json::parse_event_t, Json&) {
-    if (depth <= kDeepest) return true;
-    problem = "found JSON nested more than " + std::to_string(kDeepest) + " deep, expected an adapter's configuration";
-    throw std::runtime_error(problem);
-  };
-  try {
-    auto json = Json::parse(text, watch);
-    if (json.is_object()) return json;
-  } catch (const std::exception&) {
-  }
-  throw FormatError(path, {problem});
-}
-
-/// JSON as text. Throws a FormatError where a name is not UTF-8.
-inline std::string dump(const Json& json, const std::string& path, int indent = -1) {
-  try {
-    return json.dump(indent);
-  } catch (const Json::exception& error) {
-    throw FormatError(path, {std::string("cannot be written: ") + error.what()});
-  }
-}
 
 /// A whole number is written without a point, as PEFT does.
 inline Json number(double value) {
@@ -58,16 +29,35 @@ inline Json targets_json(const TargetModules& targets) {
   return list;
 }
 
+/// PEFT's names of BiasCopies, in its order.
+inline constexpr std::array<const char*, 3> kBiasNames{"none", "all", "lora_only"};
+
+inline Json text_or_null(const std::string& text) { return text.empty() ? Json() : Json(text); }
+
+template <class Value>
+Json one_or_more_json(const OneOrMore<Value>& values) {
+  if (values.empty()) return nullptr;
+  return values.is_list() ? Json(values.values()) : Json(values.values().front());
+}
+
+inline Json token_indices_json(const TokenIndices& tokens) {
+  if (tokens.empty()) return nullptr;
+  if (tokens.is_list()) return tokens.embeddings().front().second;
+  auto json = Json::object();
+  for (const auto& [name, ids] : tokens.embeddings()) json[name] = ids;
+  return json;
+}
+
 /// A configuration under PEFT's keys, and `fused_parts` of ours where it is set.
 inline Json lora_config_json(const LoraConfig& config) {
   Json json;
   json["alpha_pattern"] = Json::object();
   for (const auto& [pattern, alpha] : config.alpha_pattern()) json["alpha_pattern"][pattern] = number(alpha);
-  json["auto_mapping"] = nullptr;
-  json["base_model_name_or_path"] = nullptr;
-  json["bias"] = "none";
+  json["auto_mapping"] = config.auto_mapping().empty() ? Json() : Json::parse(config.auto_mapping());
+  json["base_model_name_or_path"] = text_or_null(config.base_model_name_or_path());
+  json["bias"] = kBiasNames[static_cast<size_t>(config.bias())];
   json["exclude_modules"] = targets_json(config.exclude_modules());
-  json["fan_in_fan_out"] = false;
+  json["fan_in_fan_out"] = config.fan_in_fan_out();
   for (const auto& [name, parts] : config.fused_parts()) {
     auto list = Json::array();
     for (const auto& part : parts) list.push_back(Json::array({part.name, part.size}));
@@ -79,19 +69,20 @@ inline Json lora_config_json(const LoraConfig& config) {
   } else {
     json["init_lora_weights"] = true;
   }
-  json["layers_pattern"] = nullptr;
-  json["layers_to_transform"] = nullptr;
+  json["layers_pattern"] = one_or_more_json(config.layers_pattern());
+  json["layers_to_transform"] = one_or_more_json(config.layers_to_transform());
   json["lora_alpha"] = number(config.lora_alpha());
-  json["lora_bias"] = false;
+  json["lora_bias"] = config.lora_bias();
   json["lora_dropout"] = config.lora_dropout();
-  json["modules_to_save"] = nullptr;
+  json["modules_to_save"] = config.modules_to_save().empty() ? Json() : Json(config.modules_to_save());
   json["peft_type"] = "LORA";
   json["r"] = config.r();
   json["rank_pattern"] = Json::object();
   for (const auto& [pattern, rank] : config.rank_pattern()) json["rank_pattern"][pattern] = rank;
-  json["revision"] = nullptr;
+  json["revision"] = text_or_null(config.revision());
   json["target_modules"] = targets_json(config.target_modules());
-  json["task_type"] = nullptr;
+  json["task_type"] = text_or_null(config.task_type());
+  json["trainable_token_indices"] = token_indices_json(config.trainable_token_indices());
   json["use_dora"] = false;
   json["use_rslora"] = config.use_rslora();
   return json;
@@ -112,6 +103,17 @@ class LoraConfigReader {
     config.init_lora_weights(init());
     config.target_modules(targets("target_modules"));
     config.exclude_modules(targets("exclude_modules"));
+    config.fan_in_fan_out(boolean("fan_in_fan_out"));
+    config.lora_bias(boolean("lora_bias"));
+    config.bias(bias());
+    config.layers_to_transform(one_or_more<int64_t>("layers_to_transform", "layer indices"));
+    config.layers_pattern(one_or_more<std::string>("layers_pattern", "names"));
+    config.modules_to_save(one_or_more<std::string>("modules_to_save", "names").values());
+    config.trainable_token_indices(token_indices());
+    config.task_type(text("task_type"));
+    config.base_model_name_or_path(text("base_model_name_or_path"));
+    config.revision(text("revision"));
+    if (!object("auto_mapping").empty()) config.auto_mapping(object("auto_mapping").dump());
     for (const auto& [pattern, value] : object("rank_pattern").items()) {
       config.rank_pattern().emplace_back(pattern, integer(pattern, object("rank_pattern"), 1));
     }
@@ -165,6 +167,55 @@ class LoraConfigReader {
     if (json_[key].is_boolean()) return json_[key].get<bool>();
     wrong(key, json_[key], "true or false");
     return false;
+  }
+
+  std::string text(const std::string& key) {
+    if (!json_.contains(key) || json_[key].is_null()) return "";
+    if (json_[key].is_string()) return json_[key].get<std::string>();
+    wrong(key, json_[key], "text");
+    return "";
+  }
+
+  static bool holds(const Json& value, const std::string*) { return value.is_string(); }
+  static bool holds(const Json& value, const int64_t*) { return value.is_number_integer(); }
+
+  template <class Value>
+  OneOrMore<Value> one_or_more(const std::string& key, const std::string& what) {
+    if (!json_.contains(key) || json_[key].is_null()) return {};
+    const auto& value = json_[key];
+    const Value* kind = nullptr;
+    if (holds(value, kind)) return value.template get<Value>();
+    std::vector<Value> values;
+    bool good = value.is_array();
+    for (const auto& one : value) {
+      good = good && holds(one, kind);
+      if (good) values.push_back(one.template get<Value>());
+    }
+    if (!good) wrong(key, value, what);
+    return values;
+  }
+
+  BiasCopies bias() {
+    if (!json_.contains("bias")) return BiasCopies::kNone;
+    for (size_t i = 0; i < kBiasNames.size(); ++i) {
+      if (json_["bias"] == kBiasNames[i]) return static_cast<BiasCopies>(i);
+    }
+    wrong("bias", json_["bias"], "\"none\", \"all\" or \"lora_only\"");
+    return BiasCopies::kNone;
+  }
+
+  TokenIndices token_indices() {
+    const std::string key = "trainable_token_indices";
+    if (!json_.contains(key) || json_[key].is_null()) return {};
+    if (!json_[key].is_object()) return one_or_more<int64_t>(key, "token numbers").values();
+    std::vector<std::pair<std::string, TokenIndices::Tokens>> embeddings;
+    for (const auto& [name, ids] : json_[key].items()) {
+      bool good = ids.is_array();
+      for (const auto& id : ids) good = good && id.is_number_integer();
+      if (good) embeddings.emplace_back(name, ids.get<TokenIndices::Tokens>());
+      if (!good) wrong(key + "." + name, ids, "token numbers");
+    }
+    return embeddings;
   }
 
   const Json& object(const std::string& key) {
@@ -222,17 +273,22 @@ class LoraConfigReader {
   void check_unsupported() {
     static const std::vector<std::string> known{
         "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules",
-        "exclude_modules", "rank_pattern", "alpha_pattern", "fused_parts",
-        // About the file or its making, or about the layout of a base weight that the factors do not depend on:
-        "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
-        "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
-        "ensure_weight_tying"};
+        "exclude_modules", "rank_pattern", "alpha_pattern", "fused_parts", "fan_in_fan_out", "lora_bias", "bias",
+        "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices", "task_type",
+        "base_model_name_or_path", "revision", "auto_mapping",
+        // About the file or its making:
+        "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config",
+        "eva_config", "ensure_weight_tying"};
     for (const auto& [key, value] : json_.items()) {
-      bool is_known = false;
-      for (const auto& name : known) is_known = is_known || name == key;
+      const bool is_known = std::find(known.begin(), known.end(), key) != known.end();
       const bool empty =
           value.is_null() || value == false || value == "none" || (value.is_structured() && value.empty());
-      if (!is_known && !empty) wrong(key, value, "a key that this version of lora supports");
+      if (is_known || empty) continue;
+      wrong(key, value,
+            key == "layer_replication"
+                ? "none: build the model with its layers repeated as the list says, and load the tensors "
+                  "by their names"
+                : "a key that this version of lora supports");
     }
   }
 

@@ -2,22 +2,21 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/count_nonzero.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/isfinite.h>
+#include <c10/core/GradMode.h>
 #include <lora/detail/error.h>
 #include <lora/inject/model_adapters.h>
 #include <lora/inject/prepare.h>
+#include <lora/io/adapter_files.h>
+#include <lora/io/load_options.h>
 #include <lora/io/lora_config_json.h>
 #include <lora/io/peft_layout.h>
-#include <lora/io/safetensors.h>
 #include <lora/methods/lora.h>
 #include <lora/version.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstdint>
-#include <cstring>
-#include <fstream>
-#include <iterator>
 #include <map>
 #include <memory>
 #include <string>
@@ -27,61 +26,51 @@
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
-/// Reads a PEFT directory into an adapter for a model; all mismatches are one FormatError, and the model is not
+/// Makes an adapter for a model out of what lies on disk; all mismatches are one FormatError, and the model is not
 /// touched.
 class PeftReader {
  public:
-  PeftReader(const ModelAdapters& adapters, std::string directory, std::string name)
-      : adapters_(adapters), directory_(std::move(directory)), name_(std::move(name)) {}
-
-  PreparedAdapter read() {
+  PeftReader(const ModelAdapters& adapters, std::string name, LoadOptions options)
+      : adapters_(adapters), name_(std::move(name)), options_(std::move(options)) {
     adapters_.check_name(name_);
-    const auto config_path = directory_ + "/" + kConfigFile, tensor_path = directory_ + "/" + kTensorFile;
-    const auto stored_json = parse_object(read_text(config_path), config_path);
-    const auto stored = read_method(stored_json, config_path);
-    const auto file = load_safetensors_with_metadata(tensor_path);
-    check_scaling(stored_json, file.metadata);
-    auto method = stored;
-    const auto own = file.metadata.find(kOwnConfig);
-    if (own != file.metadata.end()) {
-      auto own_json = parse_object(own->second, tensor_path);
-      own_json["lora_dropout"] = stored->config().lora_dropout();  // which a user may edit beside the tensors
-      method = read_method(own_json, tensor_path);
-    }
+  }
 
-    collect(file.tensors);
-    auto plan = make_plan(*method);
-    leave_out_partners(plan);
-    for (const auto& planned : plan.sites) check(planned, *method, *stored);
-    for (const auto& [path, factors] : factors_) {
-      if (!factors.used) problems_.push_back("found tensors for " + path + ", expected none: " + why_unexpected(path));
+  PreparedAdapter read(const std::string& directory) {
+    files_ = read_peft_directory(directory, options_, problems_);
+    stored_ = read_method(files_.config, files_.config_path);
+    check_scaling();
+    auto config = stored_->config();
+    const auto own = files_.metadata.find(kOwnConfig);
+    if (own != files_.metadata.end()) {
+      config = read_method(parse_object(own->second, files_.tensor_path), files_.tensor_path)->config();
+      config.lora_dropout(stored_->config().lora_dropout());  // which a user may edit beside the tensors
+    }
+    complete(config);
+    method_ = std::make_shared<const LoRA>(config);
+
+    plan_ = make_plan();
+    leave_out_partners();
+    add_saved_embeddings();
+    for (const auto& planned : plan_.sites) check_updates(planned);
+    check_copies();
+    for (const auto& [key, tensor] : files_.tensors) {
+      if (tensor.used || ignored(key)) continue;
+      problems_.push_back("found the tensor " + tensor.key + ", expected none: " + why_unexpected(key));
     }
     finish();  // before memory is taken by what the file claims
-    auto prepared = prepare(adapters_.sites(), method, name_, plan, /*initialise=*/false);
-    for (auto& [index, updates] : prepared.updates) {
-      const auto& site = adapters_.sites()[index];
-      split(site, *updates, factors_.at(site.file_path));
-    }
+    auto prepared = AdapterMaker(adapters_.sites(), method_, name_, plan_, /*initialise=*/false).make();
+    const c10::NoGradGuard no_grad;
+    for (auto& [index, adapter] : prepared.sites) fill(adapters_.sites()[index], *adapter);
     finish();
     return prepared;
   }
 
  private:
-  struct Factors {
-    at::Tensor A;
-    at::Tensor B;
-    bool used = false;
-  };
-
   void finish() const {
-    if (!problems_.empty()) throw FormatError(directory_, problems_);
+    if (!problems_.empty()) throw FormatError(files_.place, problems_);
   }
 
-  static std::string read_text(const std::string& path) {
-    std::ifstream stream(path, std::ios::binary);
-    if (!stream) throw FormatError(path, {std::string("cannot be read: ") + std::strerror(errno)});
-    return {std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
-  }
+  const Site& site(size_t index) const { return adapters_.sites()[index]; }
 
   static std::shared_ptr<const LoRA> read_method(const Json& json, const std::string& path) {
     std::vector<std::string> problems;
@@ -95,49 +84,73 @@ class PeftReader {
   }
 
   /// Whether the two files were written together, where the tensor file says with what.
-  void check_scaling(const Json& stored, const std::map<std::string, std::string>& metadata) {
-    const auto written = metadata.find(kScalingConfig);
-    if (written == metadata.end()) return;
-    const auto json = parse_object(written->second, directory_ + "/" + kTensorFile);
+  void check_scaling() {
+    const auto written = files_.metadata.find(kScalingConfig);
+    if (written == files_.metadata.end()) return;
+    const auto json = parse_object(written->second, files_.tensor_path);
     for (const auto* key : kScalingKeys) {
       // Without the order of keys, which a tool that formats the file may change.
       const auto value = [key](const Json& in) {
         return in.contains(key) ? nlohmann::json(in.at(key)) : nlohmann::json();
       };
-      if (value(stored) == value(json)) continue;
-      problems_.push_back("found " + std::string(key) + " = " + value(stored).dump() + " in " + kConfigFile +
+      if (value(files_.config) == value(json)) continue;
+      problems_.push_back("found " + std::string(key) + " = " + value(files_.config).dump() + " in " + kConfigFile +
                           ", expected " + value(json).dump() + " as when " + kTensorFile +
                           " was saved: the two files do not belong together; save the adapter again");
     }
   }
 
-  /// Sorts the file's tensors by module.
-  void collect(const std::map<std::string, torch::Tensor>& tensors) {
-    for (const auto& [key, tensor] : tensors) {
-      const std::string prefix = kPeftPrefix;
-      const auto name = key.compare(0, prefix.size(), prefix) == 0 ? key.substr(prefix.size()) : std::string();
-      const bool is_a = TargetModules::is_path_or_suffix(kKeyOfA, name);
-      if (!is_a && !TargetModules::is_path_or_suffix(kKeyOfB, name)) {
-        problems_.push_back("found the tensor " + key + ", expected names of the form " + prefix +
-                            "<module>.lora_A.weight and lora_B.weight");
-        continue;
+  FileTensor* find(const std::string& key) {
+    const auto found = files_.tensors.find(key);
+    return found == files_.tensors.end() ? nullptr : &found->second;
+  }
+
+  bool has_below(const std::string& module) const {
+    return std::any_of(files_.tensors.begin(), files_.tensors.end(), [&](const auto& tensor) {
+      const auto& key = tensor.first;
+      const auto dot = key.rfind('.');
+      return dot != std::string::npos && saves(module, key.substr(0, dot));
+    });
+  }
+
+  /// What the tensors say and the configuration does not.
+  void complete(LoraConfig& config) {
+    // PEFT has copies of a classifier's head in these tasks, whatever modules_to_save says.
+    const bool classifies = config.task_type() == "SEQ_CLS" || config.task_type() == "TOKEN_CLS";
+    for (const auto* head : {"classifier", "score"}) {
+      auto& saved = config.modules_to_save();
+      const bool known = std::find(saved.begin(), saved.end(), head) != saved.end();
+      if (classifies && !known && has_below(head)) saved.push_back(head);
+    }
+    const auto& tokens = config.trainable_token_indices();
+    if (tokens.is_list() && !tokens.empty()) {
+      std::vector<std::pair<std::string, TokenIndices::Tokens>> embeddings;
+      const std::string end = ".token_adapter.trainable_tokens_delta";
+      for (const auto& [key, tensor] : files_.tensors) {
+        if (key.size() <= end.size() || key.compare(key.size() - end.size(), end.size(), end) != 0) continue;
+        embeddings.emplace_back(key.substr(0, key.size() - end.size()), tokens.embeddings().front().second);
       }
-      const auto type = tensor.scalar_type();
-      if (type != at::kFloat && type != at::kDouble && type != at::kHalf && type != at::kBFloat16) {
-        problems_.push_back("found the type " + std::string(c10::toString(type)) +
-                            ", expected F64, F32, F16 or BF16 in " + key);
-      } else if (!at::isfinite(tensor).all().item<bool>()) {
-        problems_.push_back("found NaN or infinite values, expected finite ones in " + key);
-      }
-      const auto last = std::string(kKeyOfA).size() + 1;  // with the dot in front
-      auto& factors = factors_[name.size() < last ? std::string() : name.substr(0, name.size() - last)];
-      (is_a ? factors.A : factors.B) = tensor;
+      if (embeddings.size() == 1) resolved_tokens_ = embeddings;
+    }
+    if (!options_.key_mapping().empty()) config.target_modules(targets_of_tensors());
+    if (!options_.key_mapping().empty()) {
+      config.exclude_modules({}).layers_to_transform({}).layers_pattern({});
     }
   }
 
-  Plan make_plan(const LoRA& method) {
+  std::vector<std::string> targets_of_tensors() const {
+    std::vector<std::string> paths;
+    for (const auto& site : adapters_.sites()) {
+      if (site.takes_updates() && files_.tensors.count(PeftKeys::A(site)) != 0) paths.push_back(site.path);
+    }
+    return paths;
+  }
+
+  Plan make_plan() {
     try {
-      return adapters_.plan(method, name_, Unmatched::kNote);
+      auto targeting = method_->targeting();
+      if (!resolved_tokens_.empty()) targeting.tokens = resolved_tokens_;
+      return adapters_.plan(*method_, targeting, name_, Unmatched::kNote);
     } catch (const c10::ValueError& error) {
       problems_.push_back(error.what_without_backtrace());
       finish();
@@ -145,98 +158,211 @@ class PeftReader {
     }
   }
 
+  bool has_factors(const Site& site) const {
+    return files_.tensors.count(PeftKeys::A(site)) != 0 || files_.tensors.count(PeftKeys::B(site)) != 0;
+  }
+
   /// PEFT names a MultiheadAttention as a whole; a file with one of its two weights adapts that one.
-  void leave_out_partners(Plan& plan) {
-    const auto& sites = adapters_.sites();
+  void leave_out_partners() {
     const auto left_out = [&](size_t index) {
-      if (factors_.count(sites[index].file_path) != 0) return false;
-      return std::any_of(plan.sites.begin(), plan.sites.end(), [&](const PlannedSite& other) {
-        return peft_module(sites[other.site]) == peft_module(sites[index]) &&
-               factors_.count(sites[other.site].file_path) != 0;
+      if (has_factors(site(index))) return false;
+      return std::any_of(plan_.sites.begin(), plan_.sites.end(), [&](const PlannedSite& other) {
+        return other.site != index && peft_module(site(other.site)) == peft_module(site(index)) &&
+               has_factors(site(other.site));
       });
     };
     std::vector<PlannedSite> kept;
-    for (auto& planned : plan.sites) {
+    for (auto& planned : plan_.sites) {
       if (!left_out(planned.site)) kept.push_back(planned);
     }
-    for (auto& entry : plan.entries) {
+    for (auto& entry : plan_.entries) {
       entry.sites.erase(std::remove_if(entry.sites.begin(), entry.sites.end(), left_out), entry.sites.end());
     }
-    plan.sites = std::move(kept);
+    plan_.sites = std::move(kept);
   }
 
-  std::string why_unexpected(const std::string& path) const {
-    for (const auto& site : adapters_.sites()) {
-      if (site.file_path == path) return "target_modules do not choose the module";
-    }
-    return "the model has no such Linear, MultiheadAttention or registered host";
+  PeftKeys keys() const {
+    std::vector<const Site*> updated;
+    for (const auto& planned : plan_.sites) updated.push_back(&site(planned.site));
+    return PeftKeys(updated);
   }
 
-  static std::string shape(const at::Tensor& tensor) {
-    if (!tensor.defined()) return "nothing";
-    std::string text;
-    for (const auto size : tensor.sizes()) text += (text.empty() ? "" : ", ") + std::to_string(size);
-    return "[" + text + "]";
-  }
-
-  /// Whether the file's factors for one module have the shapes that both configurations give them.
-  void check(const PlannedSite& planned, const LoRA& method, const LoRA& stored) {
-    const auto& site = adapters_.sites()[planned.site];
-    const auto found = factors_.find(site.file_path);
-    if (found == factors_.end()) {
-      problems_.push_back("found no tensors, expected lora_A and lora_B for " + site.file_path);
-      return;
-    }
-    auto& factors = found->second;
-    factors.used = true;
-    const auto base = site.base_matrix();
-    const auto rank = stored.rank({peft_module(site)});
-    const auto in_order = [&](const at::Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
-      const bool fits = tensor.defined() && tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
-      if (!fits) {
-        problems_.push_back("found " + shape(tensor) + ", expected [" + std::to_string(rows) + ", " +
-                            std::to_string(columns) + "] for " + name + " of " + site.file_path);
+  /// PEFT saves embeddings and heads whole where they are targets or were resized. One that equals the base is passed
+  /// over, another becomes a copy.
+  void add_saved_embeddings() {
+    const auto names = keys();
+    for (size_t i = 0; i < adapters_.sites().size(); ++i) {
+      const auto& candidate = site(i);
+      const bool head = candidate.is_linear && (candidate.tied_to_embedding ||
+                                                TargetModules::is_path_or_suffix("lm_head", candidate.module_path));
+      const bool planned = std::find(plan_.copies.begin(), plan_.copies.end(), i) != plan_.copies.end();
+      if (planned || (candidate.layout != WeightLayout::kTable && !head)) continue;
+      auto* tensor = find(names.copy(candidate));
+      if (tensor == nullptr) continue;
+      const auto base = candidate.base().detach();
+      if (base.sizes() == tensor->tensor.sizes() && at::equal(base, tensor->tensor.to(base.options()))) {
+        tensor->used = true;
+        plan_.notes.push_back(candidate.path + " is in the file as it is in the base: passed over");
+        continue;
       }
-      return fits;
-    };
-    const bool a_fits = in_order(factors.A, rank, base.size(1), "lora_A");
-    if (!in_order(factors.B, base.size(0), rank, "lora_B") || !a_fits) return;
+      plan_.copies.push_back(i);
+      plan_.entries.push_back({"saved embedding \"" + candidate.path + "\"", {i}});
+    }
+  }
+
+  bool ignored(const std::string& key) {
+    // Beside a module's copies PEFT's bias "all" holds their biases again, and the base's.
+    const bool twice =
+        key.find(".original_module.") != std::string::npos || key.find(".modules_to_save.") != std::string::npos;
+    if (twice && method_->config().bias() == BiasCopies::kAll) return true;
+    return named_in(options_.may_ignore(), key);
+  }
+
+  static bool named_in(const TargetModules& modules, const std::string& key) {
+    for (auto dot = key.rfind('.'); dot != std::string::npos && dot > 0; dot = key.rfind('.', dot - 1)) {
+      const auto path = key.substr(0, dot);
+      const auto& entries = modules.entries();
+      const auto names = [&](const auto& entry) { return modules.matches(entry, path); };
+      if (std::any_of(entries.begin(), entries.end(), names)) return true;
+    }
+    return false;
+  }
+
+  std::string why_unexpected(const std::string& key) const {
+    for (const auto& site : adapters_.sites()) {
+      if (site.takes_updates() && (key == PeftKeys::A(site) || key == PeftKeys::B(site))) {
+        return "target_modules do not choose the module";
+      }
+    }
+    for (const auto& site : adapters_.sites()) {
+      if (key == site.parameter_path()) return "neither modules_to_save nor bias choose it";
+    }
+    return "the model has no such layer of a known type";
+  }
+
+  static std::string text(at::IntArrayRef sizes) {
+    std::string result;
+    for (const auto size : sizes) result += (result.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + result + "]";
+  }
+
+  /// Marks a tensor as used; whether it is there, of the given shape and of a type that fits.
+  bool check(const std::string& key, at::IntArrayRef sizes, bool floating = true) {
+    auto* found = find(key);
+    if (found == nullptr) {
+      if (!named_in(options_.may_lack(), key)) {
+        problems_.push_back("found no tensor " + std::string(kPeftPrefix) + key + ", expected " + text(sizes));
+      }
+      return false;
+    }
+    found->used = true;
+    if (found->tensor.sizes() != sizes) {
+      problems_.push_back("found " + text(found->tensor.sizes()) + ", expected " + text(sizes) + " for " + found->key +
+                          hint(found->tensor.sizes(), sizes));
+    } else if (is_adapter_type(found->tensor.scalar_type()) && found->tensor.is_floating_point() != floating) {
+      problems_.push_back("found the type " + std::string(c10::toString(found->tensor.scalar_type())) + ", expected " +
+                          (floating ? "F64, F32, F16 or BF16" : "I64") + " in " + found->key);
+    }
+    return true;
+  }
+
+  /// PEFT's adapter of a convolution with groups mixes them: no update of the weight does.
+  static std::string hint(at::IntArrayRef found, at::IntArrayRef expected) {
+    const bool kernels = found.size() > 2 && found.size() == expected.size();
+    if (!kernels || expected[1] <= 0 || found[1] <= expected[1] || found[1] % expected[1] != 0) return "";
+    return ": PEFT's form for a convolution with " + std::to_string(found[1] / expected[1]) +
+           " groups, whose update mixes the groups and is none of the weight";
+  }
+
+  /// Whether the file's factors for one weight have the shapes that both configurations give them.
+  void check_updates(const PlannedSite& planned) {
+    const auto& updated = site(planned.site);
+    const auto rank = stored_->rank({peft_module(updated)});
+    const bool has_A = check(PeftKeys::A(updated), PeftKeys::sizes_of_A(updated, rank));
+    const bool has_B = check(PeftKeys::B(updated), PeftKeys::sizes_of_B(updated, rank));
+    if (!has_A || !has_B) return;
     const auto parts = static_cast<int64_t>(planned.parts.size());
-    const auto scaling = stored.scaling({peft_module(site)});
-    if (method.rank(names_of(site)) > rank / parts || !same(method.scaling(names_of(site)), scaling)) {
+    const auto scaling = stored_->scaling({peft_module(updated)});
+    if (method_->rank(names_of(updated)) > rank / parts || !same(method_->scaling(names_of(updated)), scaling)) {
       problems_.push_back("found rank " + std::to_string(rank) + " and scaling " + std::to_string(scaling) + " in " +
                           kConfigFile + ", expected what the " + kOwnConfig + " metadata of " + kTensorFile +
-                          " says for " + site.file_path + "; save the adapter again");
+                          " says for " + updated.file_path + "; save the adapter again");
+    }
+  }
+
+  void check_copies() {
+    const auto names = keys();
+    std::vector<size_t> kept;
+    for (const auto index : plan_.copies) {
+      const auto& copied = site(index);
+      const auto base = copied.base();
+      check(names.copy(copied), base.sizes(), base.is_floating_point());
+    }
+    for (const auto& planned : plan_.rows) {
+      check(PeftKeys::rows(site(planned.site)),
+            {static_cast<int64_t>(planned.ids.size()), site(planned.site).base().size(1)});
+    }
+    for (const auto& planned : plan_.offsets) {
+      const auto& weight = site(planned.weight);
+      check(PeftKeys::bias_of_B(weight), {weight.base_matrix().size(0)});
+    }
+  }
+
+  /// Copies a tensor of the file, where it has one, and finds what the adapter's type cannot hold.
+  void copy(const at::Tensor& to, const at::Tensor& from, const std::string& key) {
+    to.copy_(from);
+    if (!to.is_floating_point() || at::isfinite(to).all().item<bool>()) return;
+    problems_.push_back("found values beyond the range of " + std::string(c10::toString(to.scalar_type())) +
+                        ", expected ones that the adapter's type holds in " + std::string(kPeftPrefix) + key);
+  }
+
+  void fill(const Site& target, WeightAdapter& adapter) {
+    if (!adapter.parts.empty()) fill_updates(target, adapter);
+    const auto put = [&](const at::Tensor& to, const std::string& key) {
+      if (const auto* found = find(key)) copy(to, found->tensor, key);
+    };
+    if (adapter.copy.defined()) put(adapter.copy, keys().copy(target));
+    if (adapter.rows.defined() && !adapter.rows_tied) put(adapter.rows.values, PeftKeys::rows(target));
+    for (auto& offset : adapter.offsets) {
+      for (const auto& planned : plan_.offsets) {
+        const auto& weight = site(planned.weight);
+        if (&site(planned.site) != &target || planned.begin != offset.begin) continue;
+        const auto* found = find(PeftKeys::bias_of_B(weight));
+        if (found == nullptr) continue;
+        copy(offset.values, found->tensor.narrow(0, offset.begin, offset.values.size(0)), PeftKeys::bias_of_B(weight));
+      }
     }
   }
 
   /// Takes the stacked factors of stack_parts apart again.
-  void split(const Site& site, WeightAdapter& adapter, const Factors& factors) {
-    const c10::NoGradGuard no_grad;
-    auto rest = factors.B.clone();
+  void fill_updates(const Site& target, WeightAdapter& adapter) {
+    const auto *A = find(PeftKeys::A(target)), *B = find(PeftKeys::B(target));
+    if (A == nullptr || B == nullptr) return;
+    const auto rows = A->tensor.flatten(1);
+    auto rest = B->tensor.flatten(1).clone();
     int64_t done = 0;
     for (const auto& part : adapter.parts) {
       auto own = part.update->low_rank();
       const auto r = own.A.size(0);
-      own.A.copy_(factors.A.narrow(0, done, r));
       auto block = rest.narrow(0, part.begin, own.B.size(0)).narrow(1, done, r);
-      own.B.copy_(block);
+      copy(own.A, rows.narrow(0, done, r), PeftKeys::A(target));
+      copy(own.B, block, PeftKeys::B(target));
       block.zero_();
       done += r;
-      if (!at::isfinite(own.A).all().item<bool>() || !at::isfinite(own.B).all().item<bool>()) {
-        problems_.push_back("found values beyond the range of " + std::string(c10::toString(own.A.scalar_type())) +
-                            ", expected ones that the adapter's type holds at " + site.file_path);
-      }
     }
     if (at::count_nonzero(rest).item<int64_t>() != 0) {
-      problems_.push_back("found values outside of the parts' blocks in lora_B, expected zeros at " + site.file_path);
+      problems_.push_back("found values outside of the parts' blocks in lora_B, expected zeros at " + target.file_path);
     }
   }
 
   const ModelAdapters& adapters_;
-  std::string directory_;
   std::string name_;
-  std::map<std::string, Factors> factors_;
+  LoadOptions options_;
+  AdapterFiles files_;
+  std::shared_ptr<const LoRA> stored_;  // as the configuration file says
+  std::shared_ptr<const LoRA> method_;  // as the adapter is to be here
+  std::vector<std::pair<std::string, TokenIndices::Tokens>> resolved_tokens_;
+  Plan plan_;
   std::vector<std::string> problems_;
 };
 

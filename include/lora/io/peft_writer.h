@@ -78,11 +78,7 @@ class PeftWriter {
 
     const c10::NoGradGuard no_grad;
     std::map<std::string, torch::Tensor> tensors;
-    for (const auto& factors : stored_) {
-      const auto [A, B] = stack_parts(*factors.updates, factors.site->base_matrix().size(0), factors.rank);
-      tensors[kPeftPrefix + join_path(factors.site->file_path, kKeyOfA)] = A;
-      tensors[kPeftPrefix + join_path(factors.site->file_path, kKeyOfB)] = B;
-    }
+    for (const auto& [key, tensor] : this->tensors()) tensors[kPeftPrefix + key] = tensor;
     std::map<std::string, std::string> metadata{{"format", "pt"}};
     const auto config = this->config();
     if (needs_own_config_) metadata[kOwnConfig] = dump(own_config(), directory);
@@ -100,10 +96,47 @@ class PeftWriter {
   }
 
  private:
+  std::vector<std::pair<std::string, at::Tensor>> tensors() const {
+    std::vector<std::pair<std::string, at::Tensor>> result;
+    std::vector<const Site*> updated;
+    for (const auto& factors : stored_) {
+      const auto& site = *factors.site;
+      updated.push_back(&site);
+      const auto [A, B] = stack_parts(*factors.updates, site.base_matrix().size(0), factors.rank);
+      result.emplace_back(PeftKeys::A(site), A.reshape(PeftKeys::sizes_of_A(site, factors.rank)));
+      result.emplace_back(PeftKeys::B(site), B.reshape(PeftKeys::sizes_of_B(site, factors.rank)));
+    }
+    const PeftKeys keys(updated);
+    for (const auto& site : adapters_.sites()) {
+      const auto* adapter = site.find(name_);
+      if (adapter == nullptr) continue;
+      if (adapter->copy.defined()) result.emplace_back(keys.copy(site), adapter->copy);
+      if (adapter->rows.defined() && !adapter->rows_tied) {
+        result.emplace_back(PeftKeys::rows(site), adapter->rows.values);
+      }
+      if (!adapter->offsets.empty()) result.push_back(bias_of_B(site, *adapter));
+    }
+    return result;
+  }
+
+  /// The bias of B as one vector of the whole bias, zeros where it has no part.
+  std::pair<std::string, at::Tensor> bias_of_B(const Site& bias, const WeightAdapter& adapter) const {
+    const auto weight = std::find_if(stored_.begin(), stored_.end(), [&](const StoredFactors& factors) {
+      return factors.site->module_path == bias.module_path;
+    });
+    auto values = at::zeros({weight->site->base_matrix().size(0)}, adapter.offsets.front().values.options());
+    for (const auto& offset : adapter.offsets) {
+      values.narrow(0, offset.begin, offset.values.size(0)).copy_(offset.values);
+    }
+    return {PeftKeys::bias_of_B(*weight->site), values};
+  }
+
   void collect() {
     for (const auto& site : adapters_.sites()) {
       const auto* updates = site.find(name_);
       if (updates == nullptr) continue;
+      columns_ = columns_ || (site.layout == WeightLayout::kColumns && !updates->parts.empty());
+      if (updates->parts.empty()) continue;
       TORCH_CHECK_VALUE(!peft_module(site).empty(),
                         "[lora::save] found a layer as the model itself, expected a module that holds it: PEFT's files "
                         "name each layer by its path");
@@ -133,13 +166,13 @@ class PeftWriter {
   /// A run that diverged must not replace a good file.
   void check_finite() const {
     std::string problems;
-    for (const auto& factors : stored_) {
-      for (const auto& part : factors.updates->parts) {
-        for (const auto& named : part.update->tensors()) {
-          if (at::isfinite(named.tensor).all().item<bool>()) continue;
-          problems += (problems.empty() ? "" : "\n") + ("[lora::save] found NaN or infinite values in " + named.name) +
-                      ", expected finite ones at " + join_path(factors.site->path, part.name) + "; nothing was written";
-        }
+    for (const auto& site : adapters_.sites()) {
+      const auto* adapter = site.find(name_);
+      if (adapter == nullptr) continue;
+      for (const auto& [child, named] : adapter->tensors()) {
+        if (!named.tensor.is_floating_point() || at::isfinite(named.tensor).all().item<bool>()) continue;
+        problems += (problems.empty() ? "" : "\n") + ("[lora::save] found NaN or infinite values in " + named.name) +
+                    ", expected finite ones at " + join_path(site.module_path, child) + "; nothing was written";
       }
     }
     TORCH_CHECK_VALUE(problems.empty(), problems);
@@ -161,10 +194,15 @@ class PeftWriter {
   Json config() const {
     auto json = lora_config_json(method_->config());
     json.erase("fused_parts");
-    json["r"] = stored_.front().rank;
-    json["lora_alpha"] = number(stored_.front().alpha);
-    json["rank_pattern"] = pattern([](const StoredFactors& f) { return static_cast<double>(f.rank); });
-    json["alpha_pattern"] = pattern([](const StoredFactors& f) { return f.alpha; });
+    json["fan_in_fan_out"] = method_->config().fan_in_fan_out() || columns_;
+    if (!as_configured()) {
+      const auto rank = [](const StoredFactors& f) { return static_cast<double>(f.rank); };
+      const auto alpha = [](const StoredFactors& f) { return f.alpha; };
+      json["r"] = stored_.front().rank;
+      json["lora_alpha"] = number(stored_.front().alpha);
+      json["rank_pattern"] = pattern(rank);
+      json["alpha_pattern"] = pattern(alpha);
+    }
     if (names_fit()) {
       if (method_->config().target_modules().kind() == TargetModules::Kind::kList) {
         json["target_modules"] = Json::array();
@@ -172,7 +210,7 @@ class PeftWriter {
           json["target_modules"].push_back(entry.name);
       }
     } else {
-      json["exclude_modules"] = nullptr;
+      for (const auto* key : {"exclude_modules", "layers_to_transform", "layers_pattern"}) json[key] = nullptr;
       json["target_modules"] = Json::array();
       for (const auto& factors : stored_) {
         const auto module = peft_module(*factors.site);
@@ -181,6 +219,14 @@ class PeftWriter {
       }
     }
     return json;
+  }
+
+  /// Whether the configuration gives every stored rank and alpha to a reader that knows modules by PEFT's names.
+  bool as_configured() const {
+    return std::all_of(stored_.begin(), stored_.end(), [&](const StoredFactors& factors) {
+      const std::vector<std::string> names{peft_module(*factors.site)};
+      return method_->rank(names) == factors.rank && method_->alpha(names) == factors.alpha;
+    });
   }
 
   Json own_config() const {
@@ -205,12 +251,23 @@ class PeftWriter {
         targets.kind() == TargetModules::Kind::kAllLinear) {
       return false;
     }
+    const auto targeting = config.targeting();
     for (const auto& site : adapters_.sites()) {
-      const auto named = [&](const TargetModules& modules) {
+      if (!site.takes_updates()) continue;
+      const auto path = peft_module(site);
+      const auto any = [&](const TargetModules& modules, const auto& accept) {
         return std::any_of(modules.entries().begin(), modules.entries().end(),
-                           [&](const auto& entry) { return modules.matches(entry, peft_module(site)); });
+                           [&](const auto& entry) { return modules.matches(entry, path) && accept(entry); });
       };
-      if ((site.find(name_) != nullptr) != (named(targets) && !named(config.exclude_modules()))) return false;
+      const bool targeted = any(targets, [&](const auto& entry) {
+        return targeting.layers.empty() || entry.name == path || targeting.layers.contains_in_peft(path);
+      });
+      const bool excluded = any(config.exclude_modules(), [](const auto&) { return true; });
+      const bool saved = std::any_of(config.modules_to_save().begin(), config.modules_to_save().end(),
+                                     [&](const auto& name) { return saves(name, path); });
+      const auto* adapter = site.find(name_);
+      const bool adapted = adapter != nullptr && !adapter->parts.empty();
+      if (adapted != (targeted && !excluded && !saved)) return false;
     }
     return true;
   }
@@ -246,6 +303,7 @@ class PeftWriter {
   std::shared_ptr<const LoRA> method_;
   std::vector<StoredFactors> stored_;
   bool needs_own_config_ = false;
+  bool columns_ = false;  // some weight is [in, out]
 };
 
 }  // namespace detail

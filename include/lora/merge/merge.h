@@ -11,6 +11,7 @@
 #include <lora/merge/merge_kernel.h>
 #include <lora/methods/method.h>
 #include <lora/version.h>
+#include <torch/arg.h>
 
 #include <algorithm>
 #include <atomic>
@@ -22,10 +23,19 @@
 
 LORA_NAMESPACE_BEGIN
 
-/// What a merge made.
+/// How adapters are merged.
+class MergeOptions {
+ public:
+  /// Whether W0 is kept beside W′, so that unmerge() can go back. Without it the weights are replaced one at a time,
+  /// the registered parameters too, after all have been computed once to find NaN and infinite values: for models that
+  /// are larger than half the memory. The adapters are unloaded with it, and there is no way back.
+  TORCH_ARG(bool, keep_base) = true;
+};
+
+/// What a merge takes, or took.
 struct MergeReport {
-  int64_t weights = 0;  // matrices that were merged
-  int64_t bytes = 0;    // of memory that their second copies take, until unmerge() or merge_and_unload()
+  int64_t weights = 0;  // parameters that are replaced
+  int64_t bytes = 0;    // of memory on top: second copies until unmerge(), or the largest W′ while it is put in place
 };
 
 namespace detail {

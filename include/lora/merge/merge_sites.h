@@ -1,39 +1,170 @@
 #pragma once
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/index_copy.h>
+#include <ATen/ops/isfinite.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <lora/detail/error.h>
 #include <lora/inject/model_adapters.h>
 #include <lora/merge/merge.h>
 #include <lora/version.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
-/// W′ of every site that one of the named adapters lives in, each one pass from W0; throws before anything is changed.
-inline std::map<size_t, at::Tensor> merge_sites(const std::vector<Site>& sites, const Names& names) {
-  std::vector<std::unique_ptr<MergeJob>> jobs;
-  std::vector<size_t> indices;
-  for (size_t i = 0; i < sites.size(); ++i) {
+/// Computes W′ of every site that one of the named adapters lives in, each from W0, or from the copy that an adapter
+/// has in its place; throws before anything is changed.
+class SiteMerger {
+ public:
+  SiteMerger(const std::vector<Site>& sites, const Names& names, const Names& active)
+      : sites_(sites), names_(names), active_(active) {}
+
+  /// W′ of every site, all in one threaded pass.
+  std::map<size_t, at::Tensor> merge() {
+    const c10::InferenceMode no_inference(false);  // W′ made in it could not be saved for a backward outside of it
+    const c10::NoGradGuard no_grad;
+    for (size_t i = 0; i < sites_.size(); ++i) add(i);
+    return run();
+  }
+
+  /// W′ of the sites one after the other, first for all without a word to `use(site, W′)`, so that nothing has been
+  /// used where one of them holds a NaN.
+  template <class Use>
+  void merge_each(const Use& use) {
+    const c10::InferenceMode no_inference(false);
+    const c10::NoGradGuard no_grad;
+    for (const bool checked : {false, true}) {
+      for (size_t i = 0; i < sites_.size(); ++i) {
+        add(i);
+        for (auto& [site, weight] : run()) {
+          if (checked) use(site, std::move(weight));
+        }
+      }
+    }
+  }
+
+  /// What merging takes, told beforehand.
+  MergeReport cost(bool keep_base) const {
+    MergeReport report;
+    for (const auto& site : sites_) {
+      bool changed = false, computed = false;
+      for (const auto& name : names_) {
+        const auto* adapter = site.find(name);
+        changed = changed || adapter != nullptr;
+        computed = computed || (adapter != nullptr && (adapter->forms_dense() || !adapter->offsets.empty()));
+      }
+      if (!changed) continue;
+      ++report.weights;
+      const auto bytes = computed ? static_cast<int64_t>(site.weight->base().nbytes()) : 0;
+      report.bytes = keep_base ? report.bytes + bytes : std::max(report.bytes, bytes);
+    }
+    return report;
+  }
+
+ private:
+  /// Merges what was added and leaves nothing behind.
+  std::map<size_t, at::Tensor> run() {
+    if (!problems_.empty()) throw StateError(problems_);
+    merge_weights(jobs_);
+    for (size_t k = 0; k < jobs_.size(); ++k) {
+      const auto base = sites_[indices_[k]].base();
+      auto& merged = jobs_[k]->merged;
+      if (base.dim() > 2) {  // in the strides of W0, which the operators choose their kernels by
+        merged = merged.view(base.sizes());
+        if (!base.is_contiguous()) merged = at::empty_like(base).copy_(merged);
+      }
+      weights_.emplace(indices_[k], std::move(merged));
+    }
+    jobs_.clear();
+    indices_.clear();
+    return std::exchange(weights_, {});
+  }
+
+  void add(size_t index) {
+    const auto& site = sites_[index];
+    if (site.weight == nullptr) return;
+    auto values = site.weight->base().detach();
     auto job = std::make_unique<MergeJob>();
-    for (const auto& name : names) {
-      const auto* adapter = sites[i].find(name);
+    bool changed = false;
+    for (const auto& name : names_) {
+      const auto* adapter = site.find(name);
       if (adapter == nullptr) continue;
+      changed = true;
+      if (adapter->copy.defined()) values = adapter->copy.detach().to(values.scalar_type());
       for (const auto& part : adapter->parts) job->updates.emplace_back(part.begin, part.update->low_rank());
     }
-    if (job->updates.empty()) continue;
-    job->path = sites[i].path;
-    job->base = sites[i].base().detach();
-    job->transposed = sites[i].transposed;
-    jobs.push_back(std::move(job));
-    indices.push_back(i);
+    if (!changed) return;
+    check_partners(site);
+    values = with_rows_and_offsets(site, values);
+    if (job->updates.empty()) {
+      check_finite(site, values);
+      // An alias: the adapter's copy itself stays what it is, whatever is done to the model's weight.
+      weights_.emplace(index, values.detach());
+      return;
+    }
+    job->path = site.path;
+    job->transposed = site.weight->transposed();
+    job->base = values.dim() > 2 ? values.flatten(1) : values;
+    jobs_.push_back(std::move(job));
+    indices_.push_back(index);
   }
-  merge_weights(jobs);
-  std::map<size_t, at::Tensor> weights;
-  for (size_t k = 0; k < jobs.size(); ++k) weights.emplace(indices[k], std::move(jobs[k]->merged));
-  return weights;
+
+  at::Tensor with_rows_and_offsets(const Site& site, at::Tensor values) const {
+    const auto dtype = values.scalar_type();
+    for (const auto& name : names_) {
+      const auto* adapter = site.find(name);
+      if (adapter == nullptr) continue;
+      if (adapter->rows.defined()) {
+        values = values.index_copy(0, adapter->rows.index(), adapter->rows.values.detach().to(dtype));
+      }
+      if (adapter->offsets.empty()) continue;
+      values = values.to(accumulation_dtype(dtype), /*non_blocking=*/false, /*copy=*/true);
+      for (const auto& offset : adapter->offsets) {
+        values.narrow(0, offset.begin, offset.values.size(0)).add_(offset.values.detach(), offset.scaling);
+      }
+    }
+    return values.to(dtype);
+  }
+
+  /// A copy stands in place of the base below every update: it cannot stay behind when some of them are merged.
+  void check_partners(const Site& site) {
+    for (const auto& name : active_) {
+      const auto* adapter = site.find(name);
+      if (adapter == nullptr || contains(names_, name)) continue;
+      if (!adapter->copy.defined() && !adapter->rows.defined()) continue;
+      problems_ += (problems_.empty() ? "" : "\n") + ("[lora::merge] found \"" + name) +
+                   "\" unmerged with a copy in place of the base, expected it merged with the others at " +
+                   site.parameter_path() + "; merge it too";
+    }
+  }
+
+  static void check_finite(const Site& site, const at::Tensor& values) {
+    TORCH_CHECK_VALUE(!values.is_floating_point() || at::isfinite(values).all().item<bool>(),
+                      "[lora::merge] found NaN or infinite values in W', expected finite ones at ",
+                      site.parameter_path(), "; check the adapter's copy there; nothing was changed");
+  }
+
+  const std::vector<Site>& sites_;
+  const Names& names_;
+  const Names& active_;
+  std::vector<std::unique_ptr<MergeJob>> jobs_;
+  std::vector<size_t> indices_;
+  std::map<size_t, at::Tensor> weights_;
+  std::string problems_;
+};
+
+inline std::map<size_t, at::Tensor> merge_sites(const std::vector<Site>& sites, const Names& names,
+                                                const Names& active) {
+  return SiteMerger(sites, names, active).merge();
 }
 
 }  // namespace detail

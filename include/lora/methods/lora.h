@@ -19,7 +19,9 @@ LORA_NAMESPACE_BEGIN
 /// ΔW = s·B·A with A [r, in], B [out, r] (Hu et al. 2021, arXiv 2106.09685, section 4.1); r·(in + out) parameters.
 class LoraUpdate final : public Update {
  public:
-  LoraUpdate(at::Tensor A, at::Tensor B, double scaling) : A_(std::move(A)), B_(std::move(B)), scaling_(scaling) {}
+  /// `embedding`: the tensors have PEFT's names for an embedding's, lora_embedding_A [r, entries] and _B [out, r].
+  LoraUpdate(at::Tensor A, at::Tensor B, double scaling, bool embedding = false)
+      : A_(std::move(A)), B_(std::move(B)), scaling_(scaling), embedding_(embedding) {}
 
   int64_t in_features() const override { return A_.size(1); }
   int64_t out_features() const override { return B_.size(0); }
@@ -27,6 +29,9 @@ class LoraUpdate final : public Update {
   double scaling() const { return scaling_; }
 
   std::vector<UpdateTensor> tensors() const override {
+    if (embedding_) {
+      return {{"lora_embedding_A", A_, TensorRole::kEmbedding}, {"lora_embedding_B", B_, TensorRole::kEmbedding}};
+    }
     return {{"lora_A", A_, TensorRole::kInput}, {"lora_B", B_, TensorRole::kOutput}};
   }
 
@@ -44,7 +49,7 @@ class LoraUpdate final : public Update {
     const auto copy = [&](const at::Tensor& tensor) {
       return tensor.detach().to(tensor.options().device(device), false, true);
     };
-    return std::make_shared<LoraUpdate>(copy(A_), copy(B_), scaling_);
+    return std::make_shared<LoraUpdate>(copy(A_), copy(B_), scaling_, embedding_);
   }
 
  private:
@@ -61,6 +66,7 @@ class LoraUpdate final : public Update {
   at::Tensor A_;
   at::Tensor B_;
   double scaling_;
+  bool embedding_;
 };
 
 /// The method LoRA with its configuration.
@@ -70,8 +76,7 @@ class LoRA final : public Method {
 
   explicit LoRA(LoraConfig config) : config_(std::move(config)) {
     config_.validate();
-    targeting_ = {config_.target_modules(), config_.exclude_modules(), config_.target_if(), config_.target_script_if(),
-                  config_.fused_parts()};
+    targeting_ = config_.targeting();
     for (const auto& [pattern, rank] : config_.rank_pattern()) ranks_.emplace_back(path_regex(pattern), rank);
     for (const auto& [pattern, alpha] : config_.alpha_pattern()) alphas_.emplace_back(path_regex(pattern), alpha);
   }
@@ -113,15 +118,19 @@ class LoRA final : public Method {
   std::shared_ptr<Update> create(const UpdateSpec& spec) const override {
     const auto r = rank(spec.names);
     auto A = at::empty({r, spec.in_features}, spec.options);
+    auto B = at::zeros({spec.out_features, r}, spec.options);
     if (!spec.initialise) {
       A.zero_();
+    } else if (spec.embedding) {  // as PEFT: A is as wide as the vocabulary, so B is the factor drawn at random
+      A.zero_();
+      B.normal_();
     } else if (config_.init_lora_weights() == LoraInit::kGaussian) {
       A.normal_(0, 1.0 / static_cast<double>(r));
     } else if (A.numel() > 0) {
       const auto bound = 1.0 / std::sqrt(static_cast<double>(spec.in_features));
       A.uniform_(-bound, bound);
     }
-    return std::make_shared<LoraUpdate>(A, at::zeros({spec.out_features, r}, spec.options), scaling(spec.names));
+    return std::make_shared<LoraUpdate>(A, B, scaling(spec.names), spec.embedding);
   }
 
  private:

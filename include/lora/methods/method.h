@@ -30,13 +30,16 @@ struct LowRank {
   double scaling = 1;
 };
 
-/// What a tensor of an update is to an optimizer.
+/// What a tensor of an adapter is to an optimizer.
 enum class TensorRole {
-  kInput,   ///< A factor that starts at random, as LoRA's A.
-  kOutput,  ///< A factor that starts at zero, as LoRA's B: LoRA+ gives it a higher learning rate.
+  kInput,      ///< A factor that starts at random, as LoRA's A.
+  kOutput,     ///< A factor that starts at zero, as LoRA's B: LoRA+ gives it a higher learning rate.
+  kEmbedding,  ///< A factor of an embedding's update.
+  kCopy,       ///< Values that stand in place of the base's: of modules_to_save, biases and token rows.
+  kBuffer,     ///< The copy of a buffer, as of a running mean: it belongs to the adapter and takes no gradient.
 };
 
-/// A trainable tensor of an update under its own name, as "lora_A".
+/// A tensor of an adapter under its own name, as "lora_A".
 struct UpdateTensor {
   std::string name;
   at::Tensor tensor;
@@ -81,6 +84,7 @@ struct UpdateSpec {
   int64_t out_features = 0;
   at::TensorOptions options;
   bool initialise = true;  // false: the caller fills the tensors, and no random number is drawn
+  bool embedding = false;  // an update of a lookup table: a column of ΔW for each entry
 };
 
 /// A method with its configuration: it makes the updates of one adapter.

@@ -9,6 +9,8 @@
 #include <lora/version.h>
 #include <lora/weight/call_state.h>
 #include <lora/weight/host.h>
+#include <lora/weight/weight_adapter.h>
+#include <lora/weight/weight_layout.h>
 
 #include <array>
 #include <cstdint>
@@ -21,39 +23,37 @@
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
-/// One adapter's updates on one weight, each on its own range of rows.
-struct WeightAdapter {
-  struct Part {
-    std::string name;   // "q"; empty: the whole weight
-    int64_t begin = 0;  // first row in the weight
-    std::shared_ptr<Update> update;
-  };
-
-  std::string adapter;
-  double dropout = 0;
-  std::vector<Part> parts;  // by ascending rows, without overlap
-};
-
-/// One weight W0 [out, in] with the adapters that are active on it; its carrier and all views of it share it.
+/// One parameter with the adapters that are active on it; its carrier and all views of it share it.
 class AdaptedWeight {
  public:
   /// What the kernels read: replaced as a whole, never changed.
   struct Snapshot {
     at::Tensor base;  // W0, or W0 with the merged adapters in it
     std::vector<std::shared_ptr<const WeightAdapter>> active;
+
+    /// The base, or the copy that an active adapter puts in its place, in the base's dtype.
+    at::Tensor values() const {
+      for (const auto& adapter : active) {
+        if (adapter->copy.defined()) return adapter->copy.to(base.scalar_type());
+      }
+      return base;
+    }
   };
 
-  /// `transposed`: the parameter holds [in, out].
-  AdaptedWeight(std::shared_ptr<Host> host, at::Tensor base, std::shared_ptr<CallState> calls, bool transposed = false)
-      : host_(std::move(host)), base_(std::move(base)), calls_(std::move(calls)), transposed_(transposed) {
+  /// `absent`: the model has no such parameter, and `base` is what it counts as, zeros.
+  AdaptedWeight(std::shared_ptr<Host> host, at::Tensor base, std::shared_ptr<CallState> calls,
+                WeightLayout layout = WeightLayout::kRows, bool absent = false)
+      : host_(std::move(host)), base_(std::move(base)), calls_(std::move(calls)), layout_(layout), absent_(absent) {
     publish(base_, {});
   }
 
   Host& host() const { return *host_; }
   const at::Tensor& base() const { return base_; }
-  bool transposed() const { return transposed_; }
+  bool absent() const { return absent_; }
+  WeightLayout layout() const { return layout_; }
+  bool transposed() const { return is_transposed(layout_); }
   /// A tensor in the parameter's layout as [out, in].
-  at::Tensor matrix(const at::Tensor& stored) const { return transposed_ ? stored.t() : stored; }
+  at::Tensor matrix(const at::Tensor& stored) const { return as_matrix(stored, layout_); }
   const std::shared_ptr<CallState>& calls() const { return calls_; }
   void set_calls(std::shared_ptr<CallState> calls) { calls_ = std::move(calls); }
 
@@ -62,11 +62,10 @@ class AdaptedWeight {
   /// Whether an adapter that is active now is being trained.
   bool wants_gradient() const {
     for (const auto& adapter : snapshot()->active) {
-      for (const auto& part : adapter->parts) {
-        for (const auto& named : part.update->tensors()) {
-          if (named.tensor.requires_grad()) return true;
-        }
+      for (const auto& named : adapter->tensors()) {
+        if (named.tensor.tensor.requires_grad()) return true;
       }
+      if (adapter->rows.defined() && adapter->rows.values.requires_grad()) return true;
     }
     return false;
   }
@@ -83,11 +82,12 @@ class AdaptedWeight {
   std::shared_ptr<Host> host_;
   at::Tensor base_;  // the registered parameter: the same TensorImpl, so that it follows to() and load()
   std::shared_ptr<CallState> calls_;
-  bool transposed_;
+  WeightLayout layout_;
+  bool absent_;
   std::shared_ptr<const Snapshot> snapshot_;
 };
 
-/// Which part of an adapted weight a tensor stands for: a block of it, perhaps transposed.
+/// Which part of an adapted matrix a tensor stands for: a block of it, perhaps transposed.
 struct WeightView {
   Block block;
   bool transposed = false;
@@ -115,7 +115,8 @@ struct WeightView {
   }
 };
 
-/// The carrier: a tensor without storage that stands for W0 + Σ sᵢ·ΔWᵢ and never forms it.
+/// The carrier: a tensor without storage that stands for W0 + Σ sᵢ·ΔWᵢ, or what an adapter puts in place of W0, and
+/// never forms it.
 class AdaptedWeightImpl final : public c10::TensorImpl {
  public:
   /// `owner` is kept alive by the carrier: the adapters of a model live as long as the model.
@@ -124,12 +125,21 @@ class AdaptedWeightImpl final : public c10::TensorImpl {
         weight_(std::move(weight)),
         view_(view),
         owner_(std::move(owner)) {
-    const auto columns = weight_->base().size(1);
-    const bool flipped = view_.transposed != weight_->transposed();
-    const std::array<int64_t, 2> sizes{view_.size(0), view_.size(1)};
-    const std::array<int64_t, 2> strides{flipped ? 1 : columns, flipped ? columns : 1};
-    set_sizes_and_strides(c10::IntArrayRef(sizes), c10::IntArrayRef(strides));
+    if (is_matrix()) {
+      const auto columns = weight_->base().size(1);
+      const bool flipped = view_.transposed != weight_->transposed();
+      const std::array<int64_t, 2> sizes{view_.size(0), view_.size(1)};
+      const std::array<int64_t, 2> strides{flipped ? 1 : columns, flipped ? columns : 1};
+      set_sizes_and_strides(c10::IntArrayRef(sizes), c10::IntArrayRef(strides));
+    } else {
+      set_sizes_and_strides(weight_->base().sizes(), weight_->base().strides());
+    }
     set_storage_access_should_throw();
+  }
+
+  /// Whether the carrier is closed under transposing and slicing; of any other parameter it stands for the whole.
+  bool is_matrix() const {
+    return weight_->layout() != WeightLayout::kKernel && weight_->layout() != WeightLayout::kPlain;
   }
 
   const std::shared_ptr<AdaptedWeight>& weight() const { return weight_; }
@@ -195,6 +205,7 @@ inline void AdaptedWeight::moved(std::optional<c10::Device> device, std::optiona
   const auto options =
       snapshot->base.options().device(device.value_or(base_.device())).dtype(dtype.value_or(base_.scalar_type()));
   const auto member = host_->weight();
+  if (absent_) base_.set_data(base_.to(options));
   if (!snapshot->base.is_same(base_)) {
     const auto merged = snapshot->base.to(options);
     publish(merged, snapshot->active);
@@ -205,9 +216,11 @@ inline void AdaptedWeight::moved(std::optional<c10::Device> device, std::optiona
 
 inline at::Tensor make_carrier(std::shared_ptr<AdaptedWeight> weight, std::shared_ptr<void> owner) {
   const c10::InferenceMode no_inference(false);  // the carrier outlives the mode and may need a gradient then
-  const bool transposed = weight->transposed();
-  const auto& base = weight->base();
-  const WeightView whole{{0, base.size(transposed ? 1 : 0), 0, base.size(transposed ? 0 : 1)}, transposed};
+  WeightView whole;
+  if (weight->layout() != WeightLayout::kPlain) {
+    const auto matrix = weight->matrix(weight->base());
+    whole = {{0, matrix.size(0), 0, matrix.size(1)}, weight->transposed()};
+  }
   return at::detail::make_tensor<AdaptedWeightImpl>(std::move(weight), whole, std::move(owner));
 }
 

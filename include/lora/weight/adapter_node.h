@@ -22,17 +22,20 @@ class AdapterNode final : public torch::nn::Module {
   AdapterNode(std::string name, std::shared_ptr<void> owner, std::shared_ptr<const Method> method)
       : torch::nn::Module(std::move(name)), owner_(std::move(owner)), method_(std::move(method)) {}
 
-  /// Adds the tensors of one weight's updates: below a child with the part's name where there are parts, else below
-  /// `weight_name`, which is empty for a module with one weight.
-  void add(const std::shared_ptr<AdaptedWeight>& weight, const WeightAdapter& adapter, const std::string& weight_name) {
+  /// Adds the tensors of one weight's adapter, each below the child that it names.
+  void add(const std::shared_ptr<AdaptedWeight>& weight, const WeightAdapter& adapter) {
     weights_.push_back(weight);
-    for (const auto& part : adapter.parts) {
-      const auto& child = part.name.empty() ? weight_name : part.name;
+    for (const auto& [child, named] : adapter.tensors()) {
       auto* module = this;
       if (!child.empty()) {
-        module = register_module(child, std::make_shared<AdapterNode>(child, nullptr, method_)).get();
+        if (!named_children().contains(child)) {
+          register_module(child, std::make_shared<AdapterNode>(child, nullptr, method_));
+        }
+        module = static_cast<AdapterNode*>(named_children()[child].get());
       }
-      for (const auto& named : part.update->tensors()) {
+      if (named.role == TensorRole::kBuffer) {
+        module->register_buffer(named.name, named.tensor);
+      } else {
         module->register_parameter(named.name, named.tensor, named.tensor.requires_grad());
       }
     }
@@ -45,10 +48,12 @@ class AdapterNode final : public torch::nn::Module {
 
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override {
     torch::nn::Module::to(device, method_->tensor_dtype(dtype), non_blocking);
+    cast_buffers(dtype);
     moved(device, dtype);
   }
   void to(torch::Dtype dtype, bool non_blocking = false) override {
     torch::nn::Module::to(method_->tensor_dtype(dtype), non_blocking);
+    cast_buffers(dtype);
     moved(std::nullopt, dtype);
   }
   void to(torch::Device device, bool non_blocking = false) override {
@@ -57,6 +62,13 @@ class AdapterNode final : public torch::nn::Module {
   }
 
  private:
+  /// A copy of a buffer keeps the model's dtype: what is written to it must not go to a cast of it.
+  void cast_buffers(at::ScalarType dtype) {
+    for (auto& buffer : buffers(/*recurse=*/false)) {
+      if (buffer.is_floating_point()) buffer.set_data(buffer.to(dtype));
+    }
+  }
+
   void moved(std::optional<c10::Device> device, std::optional<at::ScalarType> dtype) {
     for (const auto& weak : weights_) {
       if (const auto weight = weak.lock()) weight->moved(device, dtype);

@@ -7,6 +7,7 @@
 #include <lora/weight/adapted_weight.h>
 #include <lora/weight/kernels.h>
 
+#include <algorithm>
 #include <string>
 
 LORA_NAMESPACE_BEGIN
@@ -25,8 +26,15 @@ inline bool holds_carrier(const c10::IValue& value) {
   return false;
 }
 
+inline bool stands_for_buffer(const at::Tensor& tensor) {
+  const auto snapshot = as_carrier(tensor)->weight()->snapshot();
+  const auto& active = snapshot->active;
+  return !active.empty() && std::all_of(active.begin(), active.end(), [](const auto& a) { return a->copies_buffer; });
+}
+
 /// Every operator without a kernel of its own: the carriers among its arguments, in lists too, become dense weights,
-/// differentiable in the adapters. An operator that writes to a carrier is refused, for its result would be lost.
+/// differentiable in the adapters. An operator that writes to a carrier is refused, for its result would be lost; it
+/// may write to what stands for one tensor as it is: BatchNorm counts in its buffers.
 inline void dense_fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const auto name = c10::toString(op.operator_name());
@@ -34,7 +42,8 @@ inline void dense_fallback(const c10::OperatorHandle& op, torch::jit::Stack* sta
   for (size_t i = 0; i < arguments.size(); ++i) {
     auto& value = (*stack)[first + i];
     if (!holds_carrier(value)) continue;
-    if (arguments[i].alias_info() != nullptr && arguments[i].alias_info()->isWrite()) {
+    const bool writes = arguments[i].alias_info() != nullptr && arguments[i].alias_info()->isWrite();
+    if (writes && !(value.isTensor() && stands_for_buffer(value.toTensor()))) {
       throw StateError("[lora::weight] found " + name +
                        " writing to an adapted weight, expected an operator that reads it; write to the module's "
                        "registered parameter, or call unload() on the adapters first");

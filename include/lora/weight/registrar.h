@@ -3,8 +3,10 @@
 #include <lora/detail/error.h>
 #include <lora/detail/torch_compat.h>
 #include <lora/version.h>
+#include <lora/weight/convolution.h>
 #include <lora/weight/fallback.h>
 #include <lora/weight/kernels.h>
+#include <lora/weight/lookup.h>
 #include <torch/library.h>
 
 #include <memory>
@@ -40,8 +42,18 @@ class Registrar {
     kernels_->impl("matmul", TORCH_FN(matmul_kernel));
     kernels_->impl("mm", TORCH_FN(mm_kernel));
     kernels_->impl("addmm", TORCH_FN(addmm_kernel));
+    kernels_->impl("conv1d", TORCH_FN(conv1d_kernel));
+    kernels_->impl("conv1d.padding", TORCH_FN(conv1d_padding_kernel));
+    kernels_->impl("conv2d", TORCH_FN(conv2d_kernel));
+    kernels_->impl("conv2d.padding", TORCH_FN(conv2d_padding_kernel));
+    kernels_->impl("conv3d", TORCH_FN(conv3d_kernel));
+    kernels_->impl("conv3d.padding", TORCH_FN(conv3d_padding_kernel));
+    kernels_->impl("convolution", TORCH_FN(convolution_kernel));
+    kernels_->impl("_convolution", TORCH_FN(traced_convolution_kernel));
+    kernels_->impl("_convolution_mode", TORCH_FN(convolution_mode_kernel));
+    kernels_->impl("embedding", TORCH_FN(embedding_kernel));
     kernels_->impl("t", TORCH_FN(t_kernel));
-    kernels_->impl("numpy_T", TORCH_FN(t_kernel));
+    kernels_->impl("numpy_T", TORCH_FN(numpy_t_kernel));
     kernels_->impl("transpose.int", TORCH_FN(transpose_kernel));
     kernels_->impl("narrow", TORCH_FN(narrow_kernel));
     kernels_->impl("slice.Tensor", TORCH_FN(slice_kernel));

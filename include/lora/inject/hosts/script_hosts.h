@@ -14,6 +14,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -138,6 +139,9 @@ class ScriptWalk {
     for (const auto* node : block->nodes()) {
       for (const auto* inner : node->blocks()) find_multiplied(module, self, inner);
       const std::string kind = node->kind().toQualString();
+      if (kind == "aten::embedding_renorm_") {
+        if (const auto place = attribute_of(module, self, node->input(0))) renormalised_.insert(*place);
+      }
       const auto operand = operands.find(kind);
       if (operand == operands.end()) continue;
       // linear(x, W) takes [out, in]; the products take [in, out].
@@ -169,75 +173,119 @@ class ScriptWalk {
     if (tensor.dim() == 2 && tensor.is_floating_point()) frozen_.insert(memory(tensor));
   }
 
-  /// Follows a chain of attributes from `self` to the weight that `value` reads, if it is one.
-  void note_attribute(const torch::jit::Module& module, const torch::jit::Value* self, const torch::jit::Value* value,
-                      bool transposed) {
+  /// The module and attribute that `value` reads, if it follows a chain of attributes from `self`.
+  static std::optional<std::pair<torch::jit::Module, std::string>> followed(const torch::jit::Module& module,
+                                                                            const torch::jit::Value* self,
+                                                                            const torch::jit::Value* value) {
     std::vector<std::string> names;
     while (value != self) {
-      if (value->node()->kind() != c10::prim::GetAttr) return;
+      if (value->node()->kind() == c10::Symbol::fromQualString("aten::detach")) {
+        value = value->node()->input(0);
+        continue;
+      }
+      if (value->node()->kind() != c10::prim::GetAttr) return std::nullopt;
       names.push_back(value->node()->s(c10::attr::name));
       value = value->node()->input(0);
     }
-    if (names.empty()) return;
+    if (names.empty()) return std::nullopt;
     auto owner = module;
     for (auto name = names.rbegin(); name + 1 != names.rend(); ++name) {
       const auto child = owner.attr(*name);
-      if (!child.isModule()) return;
+      if (!child.isModule()) return std::nullopt;
       owner = child.toModule();
     }
+    return std::make_pair(owner, names.front());
+  }
+
+  static std::optional<Place> attribute_of(const torch::jit::Module& module, const torch::jit::Value* self,
+                                           const torch::jit::Value* value) {
+    const auto found = followed(module, self, value);
+    return found ? std::optional<Place>({found->first._ivalue().get(), found->second}) : std::nullopt;
+  }
+
+  void note_attribute(const torch::jit::Module& module, const torch::jit::Value* self, const torch::jit::Value* value,
+                      bool transposed) {
+    const auto found = followed(module, self, value);
+    if (!found || !is_matrix(found->first, found->second)) return;
+    const Place place(found->first._ivalue().get(), found->second);
     // A lookup table is no matrix of a product, though a tied head multiplies with it.
-    if (is_embedding(owner) || !is_matrix(owner, names.front())) return;
-    auto& as_stored = multiplied_.emplace(Place(owner._ivalue().get(), names.front()), transposed).first->second;
+    if (is_embedding(found->first)) {
+      multiplied_tables_.insert(place);
+      return;
+    }
+    auto& as_stored = multiplied_.emplace(place, transposed).first->second;
     as_stored = as_stored && transposed;
   }
 
   void add_sites(const std::string& path, const torch::jit::Module& module) {
     const auto type = class_name(module);
-    const Object object = module._ivalue().get();
-    const auto count = found_.sites.size();
-    const bool linear = type == "Linear" || type == "NonDynamicallyQuantizableLinear";
-    const bool attention = type == "MultiheadAttention";
+    bool takes_updates = false;
     for (const auto& attribute : module.named_attributes(/*recurse=*/false)) {
-      const auto& name = attribute.name;
-      if (!is_matrix(module, name)) continue;
-      const auto multiplied = multiplied_.find({object, name});
-      if (attention && name == "in_proj_weight") {
-        const auto rows = attribute.value.toTensor().size(0) / 3;
-        add(path, module, name, {"in_proj", "", {{"q", rows}, {"k", rows}, {"v", rows}}, false, true});
-      } else if (attention && (name == "q_proj_weight" || name == "k_proj_weight" || name == "v_proj_weight")) {
-        const auto local = name.substr(0, name.rfind('_'));
-        add(path, module, name, {local, local, {}, false, true});
-      } else if (linear && name == "weight") {
-        add(path, module, name, {"", "", {}, false, true});
-      } else if (multiplied != multiplied_.end()) {
-        const auto local = name == "weight" ? "" : name;
-        add(path, module, name, {local, local, {}, multiplied->second, parameters_.count({object, name}) != 0});
-      }
+      if (!attribute.value.isTensor() || !attribute.value.toTensor().defined()) continue;
+      add(path, module, attribute.name, kind_of(module, type, attribute.name, attribute.value.toTensor()));
+      takes_updates = takes_updates || found_.sites.back().takes_updates();
     }
-    if (count == found_.sites.size()) {
-      found_.others.push_back({path, type, module.named_parameters(/*recurse=*/false).size() != 0});
-    }
+    if (takes_updates) return;
+    const bool recurrent = type == "LSTM" || type == "GRU" || type == "RNN";
+    found_.others.push_back(
+        {path, type, module.named_parameters(/*recurse=*/false).size() != 0,
+         recurrent ? "whose weights are used as a list; adapt another layer, or build it of cells" : ""});
   }
 
   /// How a weight is named and held.
   struct Kind {
+    WeightLayout layout = WeightLayout::kPlain;
     std::string name;       // appended to the module's path
     std::string file_name;  // appended to the module's path in PEFT's files
-    std::vector<FusedPart> parts;
-    bool transposed = false;
     bool is_linear = false;
+    std::vector<FusedPart> parts = {};
   };
+
+  Kind kind_of(const torch::jit::Module& module, const std::string& type, const std::string& name,
+               const at::Tensor& value) const {
+    static const std::set<std::string> kernels{"Conv1d",          "Conv2d",          "Conv3d",  "ConvTranspose1d",
+                                               "ConvTranspose2d", "ConvTranspose3d", "Bilinear"};
+    const Kind plain{WeightLayout::kPlain, name, name};
+    if (!value.is_floating_point()) return plain;
+    if (name == "weight" && type == "Embedding") return {WeightLayout::kTable, "", ""};
+    if (name == "weight" && kernels.count(type) != 0) return {WeightLayout::kKernel, "", ""};
+    if (value.dim() != 2) return plain;
+    const bool linear = type == "Linear" || type == "NonDynamicallyQuantizableLinear";
+    if (linear && name == "weight") return {WeightLayout::kRows, "", "", true};
+    if (type == "MultiheadAttention" && name == "in_proj_weight") {
+      const auto rows = value.size(0) / 3;
+      return {WeightLayout::kRows, "in_proj", "", true, {{"q", rows}, {"k", rows}, {"v", rows}}};
+    }
+    if (type == "MultiheadAttention" &&
+        (name == "q_proj_weight" || name == "k_proj_weight" || name == "v_proj_weight")) {
+      const auto local = name.substr(0, name.rfind('_'));
+      return {WeightLayout::kRows, local, local, true};
+    }
+    const Place place(module._ivalue().get(), name);
+    const auto multiplied = multiplied_.find(place);
+    if (multiplied == multiplied_.end()) return plain;
+    const auto local = name == "weight" ? "" : name;
+    return {multiplied->second ? WeightLayout::kColumns : WeightLayout::kRows, local, local,
+            parameters_.count(place) != 0};
+  }
 
   void add(const std::string& path, const torch::jit::Module& module, const std::string& attribute, Kind kind) {
     Site site;
+    const Object object = module._ivalue().get();
     site.path = join_path(path, kind.name);
-    for (const auto& alias : aliases_[module._ivalue().get()]) site.aliases.push_back(join_path(alias, kind.name));
-    site.file_path = join_path(file_path(path), kind.file_name);
+    for (const auto& alias : aliases_[object]) site.aliases.push_back(join_path(alias, kind.name));
     site.module_path = path;
+    site.module_file_path = file_path(path);
+    site.file_path = join_path(site.module_file_path, kind.file_name);
     site.parameter = attribute;
     site.parts = std::move(kind.parts);
     site.is_linear = kind.is_linear;
-    site.transposed = kind.transposed;
+    site.is_buffer = parameters_.count({object, attribute}) == 0;
+    site.layout = kind.layout;
+    if (renormalised_.count({object, attribute}) != 0) site.refusal = kMaxNormRefusal;
+    if (multiplied_tables_.count({object, attribute}) != 0) {
+      site.note = " is multiplied with as well, as by a tied head: an adapter changes both uses";
+    }
     const auto host = std::make_shared<ScriptHost>(module, attribute);
     site.host = host;
     site.predicate = [host](const Targeting& targeting, const std::string& full_name) {
@@ -275,6 +323,8 @@ class ScriptWalk {
   std::map<const void*, std::vector<std::string>> owners_;
   std::vector<std::string> embeddings_;
   std::set<Place> parameters_;
+  std::set<Place> renormalised_;
+  std::set<Place> multiplied_tables_;
   std::map<Place, bool> multiplied_;  // whether the product reads it as [in, out]
   std::set<const void*> frozen_;
 };
