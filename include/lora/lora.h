@@ -9,6 +9,7 @@
 #include <lora/inject/report.h>              // defines: InjectionReport
 #include <lora/inject/verify.h>              // defines: VerifyReport
 #include <lora/io/safetensors.h>             // defines: load_safetensors, save_safetensors, SafetensorsFile
+#include <lora/io/torch_pickle.h>            // defines: load_torch_pickle, save_torch_pickle
 #include <lora/lora_linear.h>                // defines: LoRALinear
 #include <lora/merge/merge.h>                // defines: MergeReport
 #include <lora/train/param_groups.h>         // defines: LoraPlusOptions

@@ -3,6 +3,7 @@
 #include <c10/core/ScalarType.h>
 #include <lora/detail/error.h>
 #include <lora/detail/safetensors_dtypes.h>
+#include <lora/detail/tensor_bytes.h>
 #include <lora/version.h>
 
 #include <algorithm>
@@ -223,12 +224,11 @@ class SafetensorsHeaderReader {
     }
   }
 
-  /// A C++ bool that is neither 0 nor 1 is undefined behaviour wherever it is read.
   void check_bools(const SafetensorsEntry& entry) {
     if (entry.dtype != c10::ScalarType::Bool) return;
     const std::byte* data = file_ + header_.data_begin;
-    const bool valid = std::all_of(data + entry.begin, data + entry.end, [](std::byte b) { return b <= std::byte{1}; });
-    if (!valid) report(entry.name, "holds a BOOL that is neither 0 nor 1");
+    if (!are_bools(data + entry.begin, entry.end - entry.begin))
+      report(entry.name, "holds a BOOL that is neither 0 nor 1");
   }
 
   std::string path_;

@@ -1,9 +1,5 @@
 #pragma once
 
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "safetensors files hold little-endian data; a big-endian host would have to swap the bytes"
-#endif
-
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -12,6 +8,7 @@
 #include <lora/detail/mmap.h>
 #include <lora/detail/safetensors_dtypes.h>
 #include <lora/detail/safetensors_header.h>
+#include <lora/detail/tensor_bytes.h>
 #include <lora/version.h>
 #include <torch/types.h>
 
@@ -51,23 +48,11 @@ inline at::Tensor mapped_tensor(const std::shared_ptr<MappedFile>& file, size_t 
   return copy;
 }
 
-inline bool is_utf8(const std::string& text) {
-  try {
-    nlohmann::json(text).dump();
-    return true;
-  } catch (const nlohmann::json::exception&) {
-    return false;
-  }
-}
-
 /// The reason why a tensor cannot be written, or nothing.
 inline std::string why_not_writable(const std::string& name, const at::Tensor& tensor) {
   if (name == kSafetensorsMetadata) return "the name is the format's own";
-  if (!tensor.defined()) return "is undefined";
-  if (tensor.is_quantized()) return "is quantized; dequantize it or store its parts";
-  if (tensor.is_nested()) return "is nested; store its parts";
-  if (tensor.layout() != at::kStrided) return "is sparse or packed; to_dense() it or store its parts";
-  if (tensor.is_meta() || !tensor.has_storage()) return "holds no data";
+  const std::string no_bytes = why_no_bytes(tensor);
+  if (!no_bytes.empty()) return no_bytes;
   if (!safetensors_dtype_name(tensor.scalar_type()))
     return std::string("the format has no dtype for ") + toString(tensor.scalar_type());
   return is_utf8(name) ? "" : "the name is not UTF-8";
@@ -114,7 +99,7 @@ inline void write_safetensors(AtomicFile& file, const std::map<std::string, at::
   file.write(&header_size, sizeof header_size);
   file.write(header);
   for (const auto& [name, tensor] : ordered) {
-    const at::Tensor data = tensor.detach().resolve_conj().resolve_neg().to(at::kCPU).contiguous();
+    const at::Tensor data = in_a_row(tensor);
     file.write(data.const_data_ptr(), data.nbytes());
   }
 }
