@@ -3,6 +3,7 @@
 #include <c10/core/ScalarType.h>
 #include <lora/detail/error.h>
 #include <lora/detail/safetensors_dtypes.h>
+#include <lora/detail/strict_json.h>
 #include <lora/detail/tensor_bytes.h>
 #include <lora/version.h>
 
@@ -13,7 +14,6 @@
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -97,25 +97,12 @@ class SafetensorsHeaderReader {
     return text;
   }
 
-  /// nlohmann::json keeps the last of equal keys without a word and nests without a limit: both are problems here.
   nlohmann::json parse(std::string_view text) {
-    using Event = nlohmann::json::parse_event_t;
     constexpr int kDeepest = 3;
-    std::vector<std::set<std::string>> open_objects;
-    const auto watch = [&](int depth, Event event, nlohmann::json& parsed) {
-      if (depth > kDeepest) throw std::runtime_error("nested more deeply than the format's");
-      if (event == Event::object_start) open_objects.emplace_back();
-      if (event == Event::object_end) open_objects.pop_back();
-      if (event == Event::key && !open_objects.back().insert(parsed.get<std::string>()).second) {
-        problems_.push_back("key '" + parsed.get<std::string>() + "' is there twice");
-      }
-      return true;
-    };
     try {
-      return nlohmann::json::parse(text.begin(), text.end(), watch);
-    } catch (const std::exception& error) {
-      constexpr size_t kEnough = 300;  // the parser quotes the token that it stumbled on, however long
-      stop("header is no valid JSON: " + std::string(error.what()).substr(0, kEnough));
+      return parse_strict_json(text, kDeepest, problems_);
+    } catch (const std::runtime_error& error) {
+      stop(std::string("header is no valid JSON: ") + error.what());
     }
   }
 

@@ -76,20 +76,24 @@ inline std::string safetensors_header(const std::vector<std::pair<std::string, a
   return text;
 }
 
-/// Writes a whole safetensors file and leaves it to the caller to commit it (with other files that belong to it).
-inline void write_safetensors(AtomicFile& file, const std::map<std::string, at::Tensor>& tensors,
-                              const std::map<std::string, std::string>& metadata) {
+inline std::vector<std::string> why_not_writable(const std::map<std::string, at::Tensor>& tensors) {
   std::vector<std::string> problems;
-  std::vector<std::pair<std::string, at::Tensor>> ordered;
   for (const auto& [name, tensor] : tensors) {
     const std::string why_not = why_not_writable(name, tensor);
     if (!why_not.empty()) problems.push_back("tensor '" + name + "' " + why_not);
-    ordered.emplace_back(name, tensor);
   }
+  return problems;
+}
+
+/// Writes a whole safetensors file and leaves it to the caller to commit it (with other files that belong to it).
+inline void write_safetensors(AtomicFile& file, const std::map<std::string, at::Tensor>& tensors,
+                              const std::map<std::string, std::string>& metadata) {
+  std::vector<std::string> problems = why_not_writable(tensors);
   for (const auto& [name, text] : metadata) {
     if (!is_utf8(name) || !is_utf8(text)) problems.push_back("metadata '" + name + "' is not UTF-8");
   }
   if (!problems.empty()) throw FormatError(file.path(), std::move(problems));
+  std::vector<std::pair<std::string, at::Tensor>> ordered(tensors.begin(), tensors.end());
   std::stable_sort(ordered.begin(), ordered.end(), [](const auto& a, const auto& b) {
     return safetensors_dtype_index(a.second.scalar_type()) < safetensors_dtype_index(b.second.scalar_type());
   });
