@@ -169,7 +169,7 @@ TEST(Checkpoint, TheShardsHaveToBeWhatTheIndexSays) {
   EXPECT_THAT(error("{}"), HasSubstr("found no object weight_map"));
   EXPECT_THAT(error("[]"), HasSubstr("found no object weight_map"));
   EXPECT_THAT(error("{"), HasSubstr("is no valid JSON"));
-  EXPECT_THAT(error(std::string(100'000, '[')), HasSubstr("nested more deeply"));
+  EXPECT_THAT(error(std::string(100'000, '[')), HasSubstr("nested more than 8 deep"));
 }
 
 TEST(Checkpoint, LeavesOutTiedTensors) {

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <lora/adapters.h>
+#include <lora/io/checksum.h>
 #include <lora/io/safetensors.h>
 #include <sys/resource.h>
 
@@ -112,6 +113,14 @@ TEST_F(PeftFolder, WithTensorsOfOtherTypes) {
               ::testing::ElementsAre(HasSubstr("F64, F32, F16 or BF16 in " + kUpA), HasSubstr("found the type Int")));
 }
 
+TEST_F(PeftFolder, WithAKeyThatIsThereTwice) {
+  const auto good = read_bytes(folder_ / "adapter_config.json");
+  write_bytes(folder_ / "adapter_config.json", "{\"r\":1," + good.substr(1));
+  EXPECT_THAT(problems(), ::testing::ElementsAre("key 'r' is there twice"));
+  write_bytes(folder_ / "adapter_config.json", good + std::string(1, '\0') + "x");
+  EXPECT_THAT(problems(), ::testing::ElementsAre(HasSubstr("no JSON object")));
+}
+
 TEST_F(PeftFolder, WithJsonOrPatternsNestedWithoutEnd) {
   const auto good = read_bytes(folder_ / "adapter_config.json");
   const size_t depth = 100'000;
@@ -133,6 +142,7 @@ TEST_F(PeftFolder, WithJsonOrPatternsNestedWithoutEnd) {
     metadata[key] = "{\"r\":" + nested + "}";
     Tensors copies;
     for (const auto& [name, tensor] : file.tensors) copies[name] = tensor.clone();
+    lora::add_checksums(copies, metadata);
     lora::save_safetensors(copies, folder_ / "adapter_model.safetensors", metadata);
     EXPECT_THAT(problems(), ::testing::ElementsAre(HasSubstr("nested more than 16 deep"))) << key;
   }
@@ -399,6 +409,8 @@ TEST_F(PeftSave, PartsWhoseFileWasEditedAreRefused) {
   injected(LoraConfig().r(3).target_modules({"up[a]"}).fused_parts("up", {{"a", 8}, {"b", 12}})).save(folder_.path());
   auto file = lora::load_safetensors_with_metadata(folder_ / "adapter_model.safetensors");
   file.tensors.at(kUpB)[19][0] = 1;  // outside of the part
+  file.metadata.erase("lora.crc32");
+  lora::add_checksums(file.tensors, file.metadata);
   lora::save_safetensors(file.tensors, folder_ / "adapter_model.safetensors", file.metadata);
   Mlp twin;
   try {

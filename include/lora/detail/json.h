@@ -1,11 +1,13 @@
 #pragma once
 
 #include <lora/detail/error.h>
+#include <lora/detail/strict_json.h>
 #include <lora/version.h>
 
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 LORA_NAMESPACE_BEGIN
@@ -14,23 +16,20 @@ namespace detail {
 // Ordered, because the first matching entry of rank_pattern and alpha_pattern wins.
 using Json = nlohmann::ordered_json;
 
-/// Reads a JSON object, `what` it is to its file. Throws a FormatError for anything else, and for nesting that is
-/// deeper than any of ours: writing it into an error message would use up the stack.
+/// Reads a JSON object, `what` it is to its file. Throws a FormatError for anything else, for a key that is there twice,
+/// and for nesting that is deeper than any of ours: writing it into an error message would use up the stack.
 inline Json parse_object(const std::string& text, const std::string& path,
                          const std::string& what = "an adapter's configuration") {
   constexpr int kDeepest = 16;
-  std::string problem = "found no JSON object, expected " + what;
-  const auto watch = [&](int depth, Json::parse_event_t, Json&) {
-    if (depth <= kDeepest) return true;
-    problem = "found JSON nested more than " + std::to_string(kDeepest) + " deep, expected " + what;
-    throw std::runtime_error(problem);
-  };
+  std::vector<std::string> problems;
   try {
-    auto json = Json::parse(text, watch);
-    if (json.is_object()) return json;
-  } catch (const std::exception&) {
+    auto json = parse_strict_json<Json>(text, kDeepest, problems);
+    if (json.is_object() && problems.empty()) return json;
+    if (!json.is_object()) problems.push_back("found no JSON object, expected " + what);
+  } catch (const std::runtime_error& error) {
+    problems.push_back("found no JSON object, expected " + what + ": " + error.what());
   }
-  throw FormatError(path, {problem});
+  throw FormatError(path, std::move(problems));
 }
 
 /// JSON as text. Throws a FormatError where a name is not UTF-8.

@@ -4,6 +4,7 @@
 #include <lora/detail/error.h>
 #include <lora/detail/json.h>
 #include <lora/detail/python_regex.h>
+#include <lora/io/checksum.h>
 #include <lora/io/load_options.h>
 #include <lora/io/peft_layout.h>
 #include <lora/io/safetensors.h>
@@ -91,6 +92,7 @@ inline AdapterFiles read_peft_directory(const std::string& directory, const Load
   files.config = parse_object(read_text(files.config_path), files.config_path);
   files.tensor_path = directory + "/" + kTensorFile;
   auto file = load_safetensors_with_metadata(files.tensor_path);
+  check_checksums(file, files.tensor_path);
   files.metadata = std::move(file.metadata);
   add_tensors(files, file.tensors, options, problems);
   return files;

@@ -6,6 +6,7 @@
 #include <lora/detail/atomic_file.h>
 #include <lora/detail/error.h>
 #include <lora/inject/model_adapters.h>
+#include <lora/io/checksum.h>
 #include <lora/io/lora_config_json.h>
 #include <lora/io/peft_layout.h>
 #include <lora/io/safetensors.h>
@@ -85,6 +86,7 @@ class PeftWriter {
     auto scaling = Json::object();
     for (const auto* key : kScalingKeys) scaling[key] = config[key];
     metadata[kScalingConfig] = dump(scaling, directory);
+    add_checksums(tensors, metadata);
 
     AtomicFile tensor_file(directory + "/" + kTensorFile), config_file(directory + "/" + kConfigFile);
     write_safetensors(tensor_file, tensors, metadata);
