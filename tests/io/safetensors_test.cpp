@@ -1,6 +1,4 @@
 #include <ATen/ATen.h>
-#include <c10/core/Allocator.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <lora/io/safetensors.h>
@@ -18,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "harness/memory.h"
 #include "harness/temp_folder.h"
 
 namespace {
@@ -297,19 +296,6 @@ TEST(Safetensors, PathsThatAreNoFiles) {
   EXPECT_THAT(error_of_loading("/dev/null"), HasSubstr("is no regular file"));
 }
 
-/// The largest tensor that is allocated on this thread while it lives.
-class LargestAllocation : public c10::MemoryReportingInfoBase {
- public:
-  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) override {
-    largest_ = std::max(largest_, size);
-  }
-  bool memoryProfilingEnabled() const override { return true; }
-  int64_t bytes() const { return largest_; }
-
- private:
-  int64_t largest_ = 0;
-};
-
 /// Reads what may be read of a file that is damaged somehow: every byte of every tensor, or an error.
 void load_and_touch(const std::string& path) {
   try {
@@ -336,8 +322,7 @@ TEST(Safetensors, RandomDamageNeverCrashesNorAllocates) {
 
   std::mt19937 random(20260105);
   const auto below = [&](size_t n) { return std::uniform_int_distribution<size_t>(0, n - 1)(random); };
-  const auto allocations = std::make_shared<LargestAllocation>();
-  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, allocations);
+  const harness::LargestAllocation allocations;
   for (int trial = 0; trial < 2000; ++trial) {
     std::string damaged = intact;
     switch (trial % 4) {
@@ -361,7 +346,7 @@ TEST(Safetensors, RandomDamageNeverCrashesNorAllocates) {
     write_bytes(path, damaged);
     load_and_touch(path);
   }
-  EXPECT_LE(allocations->bytes(), static_cast<int64_t>(intact.size()));
+  EXPECT_LE(allocations.bytes(), static_cast<int64_t>(intact.size()));
 }
 
 // ---- what cannot be written ----
