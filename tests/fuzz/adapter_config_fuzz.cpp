@@ -1,0 +1,42 @@
+// libFuzzer: any text as an adapter_config.json. A configuration that is read is written and read again as the same.
+
+#include <c10/util/Exception.h>
+#include <lora/detail/error.h>
+#include <lora/io/lora_config_json.h>
+#include <lora/methods/lora.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+namespace {
+
+using lora::detail::LoraConfigReader;
+
+lora::LoraConfig read(const std::string& text) {
+  std::vector<std::string> problems;
+  const auto json = lora::detail::parse_object(text, "input");
+  auto config = LoraConfigReader(json, problems).read();
+  if (!problems.empty()) throw lora::FormatError("input", problems);
+  return config;
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  lora::LoraConfig config;
+  try {
+    config = read(std::string(reinterpret_cast<const char*>(data), size));
+    const lora::LoRA method(config);
+  } catch (const lora::FormatError& error) {
+    if (error.problems().empty()) std::abort();
+    return 0;
+  } catch (const c10::ValueError&) {
+    return 0;
+  }
+  const auto text = lora::detail::lora_config_json(config).dump();
+  if (lora::detail::lora_config_json(read(text)).dump() != text) std::abort();
+  return 0;
+}
