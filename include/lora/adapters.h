@@ -71,6 +71,10 @@ class Adapters {
   }
   /// Adds an adapter from a PEFT directory, neither active nor trainable. Throws a FormatError with every mismatch.
   void load(const std::string& directory, const std::string& name, const LoadOptions& options = {});
+  /// Adds an adapter from a file of tensors alone, under PEFT's keys or loralib's, by the given configuration: such
+  /// files say neither rank nor alpha nor targets.
+  void load(const std::string& file, const LoraConfig& config, const std::string& name,
+            const LoadOptions& options = {});
   /// Takes an adapter out of the model, deactivating it first. Removing the last one is unload().
   void remove(const std::string& name);
 
@@ -159,6 +163,30 @@ Adapters load(Model& model, const std::string& directory, const std::string& nam
   const auto state = detail::open_model(model);
   state->attach(detail::PeftReader(*state, name, options).read(directory));
   state->install({name}, {});
+  state->set_trainable({});
+  return Adapters(state);
+}
+
+/// Injects a file of tensors alone, see Adapters::load: active, not trainable.
+template <class Model>
+Adapters load(Model& model, const std::string& file, const LoraConfig& config, const std::string& name = "default",
+              const LoadOptions& options = {}) {
+  const auto state = detail::open_model(model);
+  state->attach(detail::PeftReader(*state, name, options).read(file, config));
+  state->install({name}, {});
+  state->set_trainable({});
+  return Adapters(state);
+}
+
+/// Injects every adapter that Adapters::save wrote into a directory: "default" in itself, the others in sub-folders of
+/// their names. The first of them is active, none trainable.
+template <class Model>
+Adapters load_all(Model& model, const std::string& directory, const LoadOptions& options = {}) {
+  const auto state = detail::open_model(model);
+  for (const auto& [name, folder] : detail::adapter_folders(directory)) {
+    state->attach(detail::PeftReader(*state, name, options).read(folder));
+  }
+  state->install({state->adapters().front().name}, {});
   state->set_trainable({});
   return Adapters(state);
 }
@@ -293,6 +321,12 @@ inline void Adapters::set_trainable(const std::vector<std::string>& names) {
 inline void Adapters::load(const std::string& directory, const std::string& name, const LoadOptions& options) {
   const auto lock = state().change("load");
   state().attach(detail::PeftReader(state(), name, options).read(directory));
+}
+
+inline void Adapters::load(const std::string& file, const LoraConfig& config, const std::string& name,
+                           const LoadOptions& options) {
+  const auto lock = state().change("load");
+  state().attach(detail::PeftReader(state(), name, options).read(file, config));
 }
 
 inline void Adapters::remove(const std::string& name) {

@@ -16,8 +16,8 @@ namespace detail {
 // Ordered, because the first matching entry of rank_pattern and alpha_pattern wins.
 using Json = nlohmann::ordered_json;
 
-/// Reads a JSON object, `what` it is to its file. Throws a FormatError for anything else, for a key that is there twice,
-/// and for nesting that is deeper than any of ours: writing it into an error message would use up the stack.
+/// Reads a JSON object, `what` it is to its file. Throws a FormatError for anything else, for a key that is there
+/// twice, and for nesting that is deeper than any of ours: writing it into an error message would use up the stack.
 inline Json parse_object(const std::string& text, const std::string& path,
                          const std::string& what = "an adapter's configuration") {
   constexpr int kDeepest = 16;

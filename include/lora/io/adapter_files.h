@@ -4,12 +4,15 @@
 #include <lora/detail/error.h>
 #include <lora/detail/json.h>
 #include <lora/detail/python_regex.h>
+#include <lora/io/checkpoint_reader.h>
 #include <lora/io/checksum.h>
 #include <lora/io/load_options.h>
 #include <lora/io/peft_layout.h>
 #include <lora/io/safetensors.h>
+#include <lora/io/torch_pickle.h>
 #include <lora/version.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -18,6 +21,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -42,6 +46,7 @@ struct AdapterFiles {
   std::string place;  // for errors
   std::string config_path;
   std::string tensor_path;
+  bool is_loralib = false;  // parts of a fused projection lie as loralib's MergedLinear has them
   Json config;
   std::map<std::string, std::string> metadata;
   std::map<std::string, FileTensor> tensors;
@@ -52,19 +57,30 @@ inline bool is_adapter_type(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16 || type == at::kLong;
 }
 
+inline bool ends_with_name(const std::string& key, const std::string& name) {
+  return TargetModules::is_path_or_suffix(name, key);
+}
+
+/// PEFT's key without its prefix for a key of either library: loralib's "h.0.fc.lora_A" is "h.0.fc.lora_A.weight".
+/// Empty where it is neither's.
+inline std::string peft_key(const std::string& key, bool is_loralib) {
+  const std::string prefix = kPeftPrefix;
+  if (is_loralib) return ends_with_name(key, "lora_A") || ends_with_name(key, "lora_B") ? key + ".weight" : key;
+  return key.compare(0, prefix.size(), prefix) == 0 ? key.substr(prefix.size()) : "";
+}
+
 /// Puts the tensors of a file under their keys, renamed; every tensor that cannot be an adapter's is a problem.
 inline void add_tensors(AdapterFiles& files, const std::map<std::string, at::Tensor>& tensors,
                         const LoadOptions& options, std::vector<std::string>& problems) {
   std::vector<std::pair<PythonRegex, std::string>> renames;
   for (const auto& [pattern, replacement] : options.key_mapping())
     renames.emplace_back(PythonRegex(pattern), replacement);
-  const std::string prefix = kPeftPrefix;
   for (const auto& [key, tensor] : tensors) {
-    if (key.compare(0, prefix.size(), prefix) != 0) {
-      problems.push_back("found the tensor " + key + ", expected names that begin with " + prefix);
+    auto name = peft_key(key, files.is_loralib);
+    if (name.empty()) {
+      problems.push_back("found the tensor " + key + ", expected names that begin with " + kPeftPrefix);
       continue;
     }
-    auto name = key.substr(prefix.size());
     for (const auto& [pattern, replacement] : renames) {
       if (const auto renamed = pattern.substituted(name, replacement)) {
         name = *renamed;
@@ -83,7 +99,18 @@ inline void add_tensors(AdapterFiles& files, const std::map<std::string, at::Ten
   }
 }
 
-/// A PEFT directory.
+/// The tensors of one file of either kind, safetensors with its checksums compared.
+inline SafetensorsFile read_tensors(const std::string& path) {
+  if (!has_tensor_file_name(path)) {
+    throw FormatError(path, {"found a name that says no format, expected .safetensors, .bin, .pt or .pth"});
+  }
+  if (!ends_with(path, ".safetensors")) return {load_torch_pickle(path), {}};
+  auto file = load_safetensors_with_metadata(path);
+  check_checksums(file, path);
+  return file;
+}
+
+/// A PEFT directory, with its tensors in adapter_model.safetensors or adapter_model.bin.
 inline AdapterFiles read_peft_directory(const std::string& directory, const LoadOptions& options,
                                         std::vector<std::string>& problems) {
   AdapterFiles files;
@@ -91,9 +118,42 @@ inline AdapterFiles read_peft_directory(const std::string& directory, const Load
   files.config_path = directory + "/" + kConfigFile;
   files.config = parse_object(read_text(files.config_path), files.config_path);
   files.tensor_path = directory + "/" + kTensorFile;
-  auto file = load_safetensors_with_metadata(files.tensor_path);
-  check_checksums(file, files.tensor_path);
+  std::error_code error;
+  const bool pickled = !std::filesystem::exists(files.tensor_path, error) &&
+                       std::filesystem::exists(directory + "/" + kPickleFile, error);
+  if (pickled) files.tensor_path = directory + "/" + kPickleFile;
+  auto file = read_tensors(files.tensor_path);
   files.metadata = std::move(file.metadata);
+  add_tensors(files, file.tensors, options, problems);
+  return files;
+}
+
+/// The adapters of a directory by name, as Adapters::save lays them out: "default" first, the others in order.
+inline std::vector<std::pair<std::string, std::string>> adapter_folders(const std::string& directory) {
+  std::vector<std::pair<std::string, std::string>> folders;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
+    if (std::filesystem::exists(entry.path() / kConfigFile, error)) {
+      folders.emplace_back(entry.path().filename().string(), entry.path().string());
+    }
+  }
+  std::sort(folders.begin(), folders.end());
+  if (std::filesystem::exists(directory + "/" + kConfigFile, error))
+    folders.insert(folders.begin(), {"default", directory});
+  if (folders.empty())
+    throw FormatError(directory, {std::string("found no ") + kConfigFile + " in it or its sub-folders"});
+  return folders;
+}
+
+/// A file of tensors alone, under PEFT's keys or loralib's, which says nothing of its configuration.
+inline AdapterFiles read_adapter_file(const std::string& path, const LoadOptions& options,
+                                      std::vector<std::string>& problems) {
+  AdapterFiles files;
+  files.place = files.config_path = files.tensor_path = path;
+  const auto file = read_tensors(path);
+  files.is_loralib = std::none_of(file.tensors.begin(), file.tensors.end(), [](const auto& tensor) {
+    return tensor.first.compare(0, std::string(kPeftPrefix).size(), kPeftPrefix) == 0;
+  });
   add_tensors(files, file.tensors, options, problems);
   return files;
 }

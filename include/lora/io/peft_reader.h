@@ -4,6 +4,7 @@
 #include <ATen/ops/count_nonzero.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <lora/detail/error.h>
 #include <lora/inject/model_adapters.h>
@@ -35,6 +36,7 @@ class PeftReader {
     adapters_.check_name(name_);
   }
 
+  /// A PEFT directory.
   PreparedAdapter read(const std::string& directory) {
     files_ = read_peft_directory(directory, options_, problems_);
     stored_ = read_method(files_.config, files_.config_path);
@@ -45,13 +47,28 @@ class PeftReader {
       config = read_method(parse_object(own->second, files_.tensor_path), files_.tensor_path)->config();
       config.lora_dropout(stored_->config().lora_dropout());  // which a user may edit beside the tensors
     }
+    return prepare(config);
+  }
+
+  /// A file of tensors alone, by the caller's configuration.
+  PreparedAdapter read(const std::string& path, const LoraConfig& config) {
+    stored_ = std::make_shared<const LoRA>(config);
+    files_ = read_adapter_file(path, options_, problems_);
+    return prepare(config);
+  }
+
+ private:
+  PreparedAdapter prepare(LoraConfig config) {
     complete(config);
     method_ = std::make_shared<const LoRA>(config);
 
     plan_ = make_plan();
     leave_out_partners();
     add_saved_embeddings();
-    for (const auto& planned : plan_.sites) check_updates(planned);
+    for (const auto& planned : plan_.sites) {
+      if (files_.is_loralib) rename_loralib(planned);
+      check_updates(planned);
+    }
     check_copies();
     for (const auto& [key, tensor] : files_.tensors) {
       if (tensor.used || ignored(key)) continue;
@@ -65,7 +82,6 @@ class PeftReader {
     return prepared;
   }
 
- private:
   void finish() const {
     if (!problems_.empty()) throw FormatError(files_.place, problems_);
   }
@@ -274,14 +290,43 @@ class PeftReader {
            " groups, whose update mixes the groups and is none of the weight";
   }
 
+  /// Brings loralib's factors of one weight into PEFT's form: an embedding's name, and the B of parts, which lies
+  /// without the zeros of the other parts (MergedLinear).
+  void rename_loralib(const PlannedSite& planned) {
+    const auto& updated = site(planned.site);
+    if (updated.layout == WeightLayout::kTable) {
+      for (const auto& [from, to] :
+           {std::pair{"lora_A.weight", PeftKeys::A(updated)}, {"lora_B.weight", PeftKeys::B(updated)}}) {
+        auto entry = files_.tensors.extract(join_path(updated.file_path, from));
+        if (entry.empty()) continue;
+        entry.key() = to;
+        files_.tensors.insert(std::move(entry));
+      }
+    }
+    auto* B = find(PeftKeys::B(updated));
+    if (B == nullptr || planned.parts.front().name.empty() || B->tensor.dim() != 2) return;
+    int64_t rows = 0;
+    for (const auto& part : planned.parts) rows += part.size;
+    const auto r = B->tensor.size(1), parts = static_cast<int64_t>(planned.parts.size());
+    if (B->tensor.size(0) != rows || r != stored_->rank({peft_module(updated)})) return;  // a problem of the check
+    auto stacked = at::zeros({updated.base_matrix().size(0), r * parts}, B->tensor.options());
+    int64_t done = 0;
+    for (int64_t i = 0; i < parts; ++i) {
+      const auto& part = planned.parts[static_cast<size_t>(i)];
+      stacked.narrow(0, part.begin, part.size).narrow(1, i * r, r).copy_(B->tensor.narrow(0, done, part.size));
+      done += part.size;
+    }
+    B->tensor = stacked;
+  }
+
   /// Whether the file's factors for one weight have the shapes that both configurations give them.
   void check_updates(const PlannedSite& planned) {
     const auto& updated = site(planned.site);
-    const auto rank = stored_->rank({peft_module(updated)});
+    const auto parts = static_cast<int64_t>(planned.parts.size());
+    const auto rank = stored_->rank({peft_module(updated)}) * (files_.is_loralib ? parts : 1);
     const bool has_A = check(PeftKeys::A(updated), PeftKeys::sizes_of_A(updated, rank));
     const bool has_B = check(PeftKeys::B(updated), PeftKeys::sizes_of_B(updated, rank));
-    if (!has_A || !has_B) return;
-    const auto parts = static_cast<int64_t>(planned.parts.size());
+    if (!has_A || !has_B || files_.is_loralib) return;
     const auto scaling = stored_->scaling({peft_module(updated)});
     if (method_->rank(names_of(updated)) > rank / parts || !same(method_->scaling(names_of(updated)), scaling)) {
       problems_.push_back("found rank " + std::to_string(rank) + " and scaling " + std::to_string(scaling) + " in " +
