@@ -1,4 +1,4 @@
-"""Does tests/golden/generate.py still write the committed files? Numbers may differ by the processor's rounding.
+"""Do the scripts of tests/golden still write the committed files? Numbers may differ by the processor's rounding.
 
     golden_files_agree.py
 """
@@ -31,10 +31,11 @@ def files_of(folder):
 
 def main():
     fresh = work_folder()
-    subprocess.run([sys.executable, GOLDEN / "generate.py", fresh], check=True)
+    for script in ("generate.py", "generate_schedules.py"):
+        subprocess.run([sys.executable, GOLDEN / script, fresh], check=True)
     verdicts = Verdicts()
     names = files_of(fresh)
-    own = {name.parts[0] for name in names}  # other scripts write beside these
+    own = {name.parts[0] for name in names}  # generate_script.py writes beside these
     committed = {name for name in files_of(GOLDEN) if name.parts[0] in own}
     verdicts.check(names == committed, f"files differ: {sorted(map(str, names ^ committed))}")
     for name in sorted(names & committed):
