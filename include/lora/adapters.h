@@ -110,6 +110,7 @@ class Adapters {
 
  private:
   friend class DisableAdapters;
+  friend class TrainingState;
 
   detail::ModelAdapters& state() const {
     while (auto next = state_->joined_into()) state_ = std::move(next);

@@ -16,4 +16,5 @@
 #include <lora/merge/merge.h>                // defines: MergeReport
 #include <lora/train/param_groups.h>         // defines: LoraPlusOptions
 #include <lora/train/schedule.h>             // defines: Schedule, ScheduleOptions, ScheduleType, schedule_factor
+#include <lora/training_state.h>             // defines: TrainingState
 #include <lora/version.h>                    // defines: LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH

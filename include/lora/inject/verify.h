@@ -1,18 +1,16 @@
 #pragma once
 
-#include <ATen/Context.h>
 #include <ATen/ops/count_nonzero.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/randn_like.h>
 #include <c10/core/GradMode.h>
+#include <lora/detail/random_state.h>
 #include <lora/inject/model_adapters.h>
 #include <lora/version.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include <algorithm>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <ostream>
 #include <string>
 #include <utility>
@@ -38,21 +36,15 @@ namespace detail {
 /// Keeps the state of a device's random generator: restart() sets it back, and so does the destructor.
 class RandomState {
  public:
-  explicit RandomState(at::Device device) : generator_(at::globalContext().defaultGenerator(device)) {
-    const std::lock_guard<std::mutex> lock(generator_.mutex());
-    state_ = generator_.get_state();
-  }
+  explicit RandomState(at::Device device) : device_(device), state_(random_state(device)) {}
   ~RandomState() { restart(); }
   RandomState(const RandomState&) = delete;
   RandomState& operator=(const RandomState&) = delete;
 
-  void restart() {
-    const std::lock_guard<std::mutex> lock(generator_.mutex());
-    generator_.set_state(state_);
-  }
+  void restart() { set_random_state(device_, state_); }
 
  private:
-  at::Generator generator_;
+  at::Device device_;
   at::Tensor state_;
 };
 
@@ -95,20 +87,15 @@ class Perturbation {
 inline VerifyReport verify(const std::vector<UpdateTensor>& tensors, const std::function<at::Tensor()>& forward,
                            const std::function<void()>& announce) {
   const at::AutoGradMode with_grad(true);
-  std::vector<at::Device> devices{at::kCPU};
-  for (const auto& named : tensors) {
-    const auto device = named.tensor.device();
-    if (std::find(devices.begin(), devices.end(), device) == devices.end()) devices.push_back(device);
-  }
+  std::vector<at::Tensor> inputs;
+  for (const auto& named : tensors) inputs.push_back(named.tensor);
   std::vector<std::unique_ptr<RandomState>> random;  // equal dropout masks before and after
-  for (const auto device : devices) random.push_back(std::make_unique<RandomState>(device));
+  for (const auto device : random_devices(inputs)) random.push_back(std::make_unique<RandomState>(device));
   const auto before = forward().detach();
   const Perturbation perturbation(tensors, announce);
   for (const auto& state : random) state->restart();
   const auto after = forward();
 
-  std::vector<at::Tensor> inputs;
-  for (const auto& named : tensors) inputs.push_back(named.tensor);
   std::vector<at::Tensor> gradients(inputs.size());
   if (after.requires_grad()) {
     gradients = torch::autograd::grad({after}, inputs, {at::randn_like(after)}, /*retain_graph=*/false,

@@ -101,6 +101,7 @@ class Schedule {
     step_ = step;
   }
 
+  const torch::optim::Optimizer& optimizer() const noexcept { return *optimizer_; }
   const ScheduleOptions& options() const noexcept { return options_; }
   /// The step whose learning rates are set: the number of calls of step().
   int64_t current_step() const noexcept { return step_; }
