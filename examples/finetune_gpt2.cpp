@@ -1,7 +1,7 @@
 // Fine-tunes a GPT-2, a plain LibTorch model that knows nothing of adapters, and shows what that costs and brings.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <lora/lora.h>  // defines: inject, LoraConfig, Adapters, param_groups
+#include <lora/lora.h>  // defines: inject, LoraConfig, Adapters, param_groups, Schedule
 #include <torch/optim/adamw.h>
 
 #include <cstdint>
@@ -11,9 +11,11 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "finetune/base_model.h"    // defines: open_base, the small GPT-2 and its pre-training
+#include "finetune/checkpoint.h"    // defines: Checkpoint
 #include "finetune/command_line.h"  // defines: parse_options
 #include "finetune/compare.h"       // defines: compare, each method over the grid of learning rates
 #include "finetune/data.h"          // defines: new_domain_pairs, old_domain_pairs, encode_or_report
@@ -68,18 +70,51 @@ torch::Tensor logits_of(GPT2LMHeadModel& model, const Batch& batch) {
   return model->forward(batch.input_ids).to(torch::kFloat32);
 }
 
-/// Saves what was trained into --output and returns the bytes of its weights.
-std::int64_t save(Trainable& trainable, const Base& base, const Options& options) {
-  const std::filesystem::path output = options.output;
-  if (trainable.adapters) {
-    trainable.adapters->save(output.string());
-    return static_cast<std::int64_t>(std::filesystem::file_size(output / "adapter_model.safetensors"));
-  }
-  save_base(base, output.string());
-  return static_cast<std::int64_t>(std::filesystem::file_size(output / "model.safetensors"));
+/// The file in --output that holds the weights that were trained.
+std::filesystem::path weights_file(const Options& options) {
+  const auto* const name = options.method == Method::kFull ? "model.safetensors" : "adapter_model.safetensors";
+  return std::filesystem::path(options.output) / name;
 }
 
-Figures finetune(Options& options) {
+/// Saves what was trained into --output and returns the bytes of its weights.
+std::int64_t save(Trainable& trainable, const Base& base, const Options& options) {
+  if (trainable.adapters) {
+    trainable.adapters->save(options.output);
+  } else {
+    save_base(base, options.output);
+  }
+  return static_cast<std::int64_t>(std::filesystem::file_size(weights_file(options)));
+}
+
+/// The checkpoint of this run, or null where no flag asks for one.
+std::unique_ptr<Checkpoint> make_checkpoint(const Options& options, const Base& base, const Pairs& pairs,
+                                            Trainable& trainable, lora::Schedule& schedule) {
+  if (!options.resume && options.checkpoint_every == 0) return nullptr;
+  auto checkpoint = std::make_unique<Checkpoint>(options, base, pairs);
+  if (trainable.adapters) {
+    checkpoint->run.adapters(*trainable.adapters);
+  } else {
+    checkpoint->run.tensors(base.model->transformer->named_parameters().pairs());
+  }
+  checkpoint->run.optimizer(*trainable.optimizer).schedule(schedule);
+  return checkpoint;
+}
+
+/// Loads the checkpoint where there is one and says where the run goes on. False where nothing is left to do.
+bool resume(Checkpoint& checkpoint, const Options& options, BatchStream& stream, TrainReport& report) {
+  if (!checkpoint.load(stream, report)) {
+    std::cout << "No checkpoint in " << options.output << ": starting at step 0\n";
+    return true;
+  }
+  if (checkpoint.finished() && std::filesystem::exists(weights_file(options))) {
+    std::cout << "This run is finished: its result lies in " << options.output << '\n';
+    return false;
+  }
+  std::cout << "Continuing after step " << report.train.size() << " of " << options.steps << '\n';
+  return true;
+}
+
+void finetune(Options& options) {
   auto base = open_base(options);
   auto& model = base.model;
   const auto positions = model->config.n_positions;
@@ -103,12 +138,20 @@ Figures finetune(Options& options) {
   at::manual_seed(options.seed);
   auto trainable = make_trainable(model, options);
   figures.trainable_parameters = trainable.count();
+  lora::Schedule schedule(*trainable.optimizer, options.schedule_options());
+  const auto checkpoint = make_checkpoint(options, base, new_pairs, trainable, schedule);
+  TrainReport training;
+  if (options.resume && !resume(*checkpoint, options, stream, training)) return;
   TrainOptions train_options;
   train_options.steps = options.steps;
-  train_options.warmup = options.warmup;
   Progress progress(method_name(options.method), options.steps);
   reset_peak_memory();
-  const auto training = train(model, *trainable.optimizer, stream, dev, train_options, progress);
+  training = train(model, *trainable.optimizer, schedule, stream, dev, train_options, progress, std::move(training),
+                   [&](const TrainReport& report) {
+                     const auto every = options.checkpoint_every;
+                     const bool due = every > 0 && report.train.size() % every == 0;
+                     if (due) checkpoint->save(stream, report, /*finished=*/false);
+                   });
   figures.peak_memory_bytes = peak_memory_bytes();
   figures.seconds = training.seconds;
   figures.tokens_per_second = static_cast<double>(training.tokens) / training.seconds;
@@ -129,7 +172,8 @@ Figures finetune(Options& options) {
                   {{"training batches", training.train, true, false}, {"dev set", training.dev, false, true}});
   texts.print();
   print_report(figures, options, curve);
-  return figures;
+  if (!options.json.empty()) write_json(options.json, to_json(figures, options));
+  if (checkpoint) checkpoint->save(stream, training, /*finished=*/true);
 }
 
 }  // namespace
@@ -142,10 +186,9 @@ int main(int argc, char** argv) try {
   at::set_num_threads(options.threads);
   if (options.compare) {
     compare(options);
-    return 0;
+  } else {
+    finetune(options);
   }
-  const auto figures = finetune(options);
-  if (!options.json.empty()) write_json(options.json, to_json(figures, options));
   return 0;
 } catch (const DivergedError& error) {
   std::cerr << "error: " << error.what() << '\n';

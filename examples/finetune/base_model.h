@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <lora/train/schedule.h>  // defines: Schedule, ScheduleOptions
 #include <torch/optim/adamw.h>
 #include <torch/utils.h>
 #include <unistd.h>
@@ -10,13 +11,13 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-#include <sstream>
 #include <string>
 #include <system_error>
 #include <utility>
 
 #include "finetune/data.h"           // defines: old_domain_pairs, encode_or_report
 #include "finetune/error_line.h"     // defines: error_line
+#include "finetune/fingerprint.h"    // defines: Fingerprint
 #include "finetune/options.h"        // defines: Options
 #include "finetune/paths.h"          // defines: beside_program
 #include "models/gpt2_checkpoint.h"  // defines: load_gpt2, save_gpt2
@@ -57,27 +58,33 @@ struct Recipe {
   double learning_rate = 2e-3;
 };
 
-/// Tells bases apart whose recipe, vocabulary or pairs differ (FNV-1a).
-inline std::string fingerprint(const Recipe& recipe, const std::string& vocabulary) {
-  std::uint64_t hash = 14695981039346656037U;
-  const auto add = [&](const std::string& text) {
-    for (const char letter : text) hash = (hash ^ static_cast<unsigned char>(letter)) * 1099511628211U;
-  };
+/// The whole recipe's schedule: warm-up, then a linear decay to zero.
+inline lora::ScheduleOptions schedule_of(const Recipe& recipe) {
+  return lora::ScheduleOptions()
+      .type(lora::ScheduleType::kLinear)
+      .warmup_steps(static_cast<std::int64_t>(recipe.warmup))
+      .total_steps(static_cast<std::int64_t>(recipe.steps));
+}
+
+/// Tells bases apart whose recipe, vocabulary or pairs differ.
+inline std::string fingerprint_of(const Recipe& recipe, const std::string& vocabulary) {
+  Fingerprint fingerprint;
   for (const auto number : {recipe.steps, recipe.warmup, recipe.batch_size, recipe.pairs_of_a_domain}) {
-    add(std::to_string(number) + ' ');
+    fingerprint.add(std::to_string(number) + ' ');
   }
-  add(std::to_string(recipe.learning_rate) + read_file(vocabulary + "/vocab.json"));
-  for (const auto& pair : old_domain_pairs(0).dev) add(pair.input + pair.text);
-  std::ostringstream text;
-  text << std::hex << (hash >> 32);
-  return text.str();
+  // The learning rates of the first and the second step tell how the warm-up begins.
+  for (const auto step : {0, 1}) {
+    fingerprint.add(std::to_string(recipe.learning_rate * lora::schedule_factor(schedule_of(recipe), step)) + ' ');
+  }
+  fingerprint.add(read_file(vocabulary + "/vocab.json"));
+  for (const auto& pair : old_domain_pairs(0).dev) fingerprint.add(pair.input + pair.text);
+  return fingerprint.text();
 }
 
 /// Pre-trains the small GPT-2 on the old domains into `directory`, which appears whole or not at all.
 inline void pretrain(const Recipe& recipe, const std::string& vocabulary, const std::string& directory) {
   TrainOptions options;
   options.steps = recipe.steps;
-  options.warmup = recipe.warmup;
   options.evaluations = 1;
   std::cout << "Pre-training a small GPT-2 once, two to three minutes; it is kept in " << directory << std::endl;
   // The base is everybody's: neither --seed nor --threads changes it.
@@ -91,8 +98,9 @@ inline void pretrain(const Recipe& recipe, const std::string& vocabulary, const 
   BatchStream stream(encode_or_report(tokenizer, pairs.train, positions, "pre-training pairs"), recipe.batch_size, 1);
   const auto dev = evaluation_batches(encode_or_report(tokenizer, pairs.dev, positions, "old domains"), at::kCPU);
   torch::optim::AdamW optimizer(model->transformer->parameters(), torch::optim::AdamWOptions(recipe.learning_rate));
+  lora::Schedule schedule(optimizer, schedule_of(recipe));
   Progress progress("pre-training", options.steps);
-  const auto report = train(model, optimizer, stream, dev, options, progress);
+  const auto report = train(model, optimizer, schedule, stream, dev, options, progress);
   at::set_num_threads(threads);
   std::cout << "Pre-trained in " << static_cast<int>(report.seconds) << " s on " << report.tokens
             << " tokens: dev loss of the old domains " << report.dev.back().loss << "\n\n";
@@ -118,7 +126,7 @@ inline std::string ensure_base(const Options& options) {
   if (!options.model.empty()) return options.model;
   const base_detail::Recipe recipe;
   const auto vocabulary = beside_program("small_vocab");
-  auto directory = beside_program("finetune_gpt2_base-" + base_detail::fingerprint(recipe, vocabulary));
+  auto directory = beside_program("finetune_gpt2_base-" + base_detail::fingerprint_of(recipe, vocabulary));
   if (!std::filesystem::exists(directory)) base_detail::pretrain(recipe, vocabulary, directory);
   return directory;
 }

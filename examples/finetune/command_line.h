@@ -61,7 +61,7 @@ inline std::optional<int> parse_options(int argc, char** argv, Options& options)
   dev->needs(data);
   app.add_option("--output", options.output, "PEFT directory to write (with --method full: a Hugging Face directory)")
       ->capture_default_str();
-  std::string method_text = method_name(options.method);
+  std::string method_text = method_name(options.method), schedule_text = lora::schedule_name(options.schedule);
   auto* const method =
       app.add_option("--method", method_text, "lora, lora+ (a higher lr for B than for A) or full (all weights)")
           ->check(CLI::IsMember({"lora", "lora+", "full"}))
@@ -81,9 +81,11 @@ inline std::optional<int> parse_options(int argc, char** argv, Options& options)
   app.add_option("--lora-plus-ratio", options.lora_plus_ratio, "with lora+: lr of B = ratio x lr of A")
       ->check(positive)
       ->capture_default_str();
-  app.add_option("--warmup", options.warmup, "steps of linear warm-up; a linear decay to zero follows")
-      ->check(whole_or_zero)
+  app.add_option("--schedule", schedule_text,
+                 "after the warm-up: linear (to zero), cosine (to zero) or constant learning rate")
+      ->check(CLI::IsMember({"linear", "cosine", "constant"}))
       ->capture_default_str();
+  app.add_option("--warmup", options.warmup, "steps of linear warm-up")->check(whole_or_zero)->capture_default_str();
   auto* const steps = app.add_option("--steps", options.steps, "optimizer steps")->check(whole)->capture_default_str();
   app.add_option("--epochs", options.epochs, "passes over the training pairs, in place of --steps")
       ->check(positive)
@@ -102,10 +104,20 @@ inline std::optional<int> parse_options(int argc, char** argv, Options& options)
   app.add_option("--device", options.device, "cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
+  auto* const checkpoint_every =
+      app.add_option("--checkpoint-every", options.checkpoint_every,
+                     "steps from one checkpoint to the next, checkpoint.safetensors in --output; default: none")
+          ->check(whole);
+  auto* const resume =
+      app.add_flag("--resume", options.resume,
+                   "continue at the checkpoint in --output, to the end that the uninterrupted run has; without one "
+                   "start at step 0");
   app.add_flag("--compare", options.compare,
                "compare lora, lora+ and full from the same base: each one's lr from the same grid of five, three seeds")
       ->excludes(method)
-      ->excludes(lr);
+      ->excludes(lr)
+      ->excludes(checkpoint_every)
+      ->excludes(resume);
   app.add_option("--json", options.json, "file to write the figures to; with --compare a list 'runs' of them");
   try {
     app.parse(argc, argv);
@@ -115,5 +127,8 @@ inline std::optional<int> parse_options(int argc, char** argv, Options& options)
     return 2;
   }
   options.method = method_text == "lora" ? Method::kLora : method_text == "lora+" ? Method::kLoraPlus : Method::kFull;
+  options.schedule = schedule_text == "linear"   ? lora::ScheduleType::kLinear
+                     : schedule_text == "cosine" ? lora::ScheduleType::kCosine
+                                                 : lora::ScheduleType::kConstant;
   return std::nullopt;
 }

@@ -27,6 +27,7 @@ inline nlohmann::ordered_json to_json(const Figures& figures, const Options& opt
           {"learning_rate", options.learning_rate()},
           {"seed", options.seed},
           {"steps", options.steps},
+          {"schedule", lora::schedule_name(options.schedule)},
           {"seconds", figures.seconds},
           {"trainable_parameters", figures.trainable_parameters},
           {"total_parameters", figures.total_parameters},

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <lora/train/schedule.h>  // defines: ScheduleType, ScheduleOptions
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -31,12 +33,22 @@ struct Options {
   int threads = 1;
   std::string dtype = "float32", device = "cpu";
   bool compare = false;
+  lora::ScheduleType schedule = lora::ScheduleType::kLinear;
+  std::size_t checkpoint_every = 0;  // steps; 0: never
+  bool resume = false;
 
   /// Turns --epochs and the warm-up's limit into steps, once the number of batches is known.
   void settle_steps(std::size_t batches_per_epoch) {
     if (epochs)
       steps = std::max<std::size_t>(1, static_cast<std::size_t>(*epochs * static_cast<double>(batches_per_epoch)));
     warmup = std::min(warmup, steps - 1);
+  }
+
+  lora::ScheduleOptions schedule_options() const {
+    return lora::ScheduleOptions()
+        .type(schedule)
+        .warmup_steps(static_cast<std::int64_t>(warmup))
+        .total_steps(static_cast<std::int64_t>(steps));
   }
 
   /// The lr that `--compare` finds best for the method in the run without arguments.

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <random>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -88,7 +90,7 @@ inline std::vector<Batch> batches_in_order(const std::vector<Sample>& samples, s
 class BatchStream {
  public:
   BatchStream(std::vector<Sample> samples, std::size_t batch_size, std::uint64_t seed)
-      : samples_(std::move(samples)), batch_size_(std::min(batch_size, samples_.size())), engine_(seed) {}
+      : samples_(std::move(samples)), batch_size_(std::min(batch_size, samples_.size())), engine_(seed), epoch_(seed) {}
 
   std::size_t batches_per_epoch() const { return (samples_.size() + batch_size_ - 1) / batch_size_; }
 
@@ -97,9 +99,26 @@ class BatchStream {
     return collate(samples_, order_[at_++]);
   }
 
+  /// Where the stream stands: the batches read of the epoch and the generator's state at its beginning.
+  std::string position() const {
+    std::ostringstream text;
+    text << at_ << ' ' << epoch_;
+    return text.str();
+  }
+
+  /// Goes to a position() of a stream of the same samples and batch size.
+  void go_to(const std::string& position) {
+    std::istringstream text(position);
+    std::size_t at = 0;
+    if (!(text >> at >> engine_)) throw std::runtime_error("found no position of a stream of batches");
+    start_epoch();
+    at_ = std::min(at, order_.size());
+  }
+
  private:
   void start_epoch() {
     constexpr std::size_t kWindow = 16;  // batches that are sorted by length together
+    epoch_ = engine_;
     std::vector<std::size_t> rows(samples_.size());
     for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = i;
     shuffle(rows);
@@ -128,6 +147,7 @@ class BatchStream {
   std::vector<Sample> samples_;
   std::size_t batch_size_;
   std::mt19937_64 engine_;
+  std::mt19937_64 epoch_;  // engine_ at the beginning of the epoch
   std::vector<std::vector<std::size_t>> order_;
   std::size_t at_ = 0;
 };

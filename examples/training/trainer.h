@@ -1,5 +1,6 @@
 #pragma once
 
+#include <lora/train/schedule.h>  // defines: Schedule
 #include <torch/nn/utils/clip_grad.h>
 #include <torch/optim/optimizer.h>
 
@@ -8,6 +9,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -30,7 +32,6 @@ struct CurvePoint {
 
 struct TrainOptions {
   std::size_t steps = 300;
-  std::size_t warmup = 20;       // steps of linear warm-up; a linear decay to zero follows
   std::size_t evaluations = 10;  // evenly spaced over the steps, the last one after the last step
   double clip_norm = 1.0;        // of the whole gradient
 };
@@ -42,39 +43,30 @@ struct TrainReport {
   std::int64_t tokens = 0;  // read, without padding
 };
 
-/// Factor on every group's learning rate at `step`, counted from 0.
-inline double warmup_then_linear(std::size_t step, std::size_t warmup, std::size_t steps) {
-  if (step < warmup) return static_cast<double>(step + 1) / static_cast<double>(warmup);
-  return static_cast<double>(steps - step) / static_cast<double>(steps - warmup);
-}
-
-/// Takes `options.steps` optimizer steps on `stream`; the model is left in evaluation mode.
-inline TrainReport train(GPT2LMHeadModel& model, torch::optim::Optimizer& optimizer, BatchStream& stream,
-                         const std::vector<Batch>& dev, const TrainOptions& options, Progress& progress) {
+/// Takes optimizer steps on `stream` up to `options.steps`; the model is left in evaluation mode. `report` is that of
+/// the steps already taken; `after_step` is called with it after each further one.
+inline TrainReport train(GPT2LMHeadModel& model, torch::optim::Optimizer& optimizer, lora::Schedule& schedule,
+                         BatchStream& stream, const std::vector<Batch>& dev, const TrainOptions& options,
+                         Progress& progress, TrainReport report = {},
+                         const std::function<void(const TrainReport&)>& after_step = {}) {
   using Clock = std::chrono::steady_clock;
-  TrainReport report;
-  std::vector<double> rates;
   std::vector<torch::Tensor> trained;
-  for (auto& group : optimizer.param_groups()) {
-    rates.push_back(group.options().get_lr());
+  for (const auto& group : optimizer.param_groups()) {
     trained.insert(trained.end(), group.params().begin(), group.params().end());
   }
   const auto device = model->lm_head->weight.device();
   const auto every = std::max<std::size_t>(1, options.steps / std::max<std::size_t>(1, options.evaluations));
-  report.dev.push_back({0.0, evaluate(model, dev)});
+  if (report.dev.empty()) report.dev.push_back({0.0, evaluate(model, dev)});
   model->train();
-  for (std::size_t step = 0; step < options.steps; ++step) {
+  for (auto step = report.train.size(); step < options.steps; ++step) {
     const auto begin = Clock::now();
-    const auto factor = warmup_then_linear(step, options.warmup, options.steps);
-    for (std::size_t group = 0; group < rates.size(); ++group) {
-      optimizer.param_groups()[group].options().set_lr(rates[group] * factor);
-    }
     const auto batch = stream.next().to(device);
     optimizer.zero_grad();
     const auto loss = text_loss(model, batch);
     loss.backward();
     torch::nn::utils::clip_grad_norm_(trained, options.clip_norm);
     optimizer.step();
+    schedule.step();
     const auto value = loss.item<double>();
     if (!std::isfinite(value)) throw DivergedError(step + 1);
     report.tokens += batch.tokens;
@@ -84,6 +76,7 @@ inline TrainReport train(GPT2LMHeadModel& model, torch::optim::Optimizer& optimi
     if ((step + 1) % every == 0 || step + 1 == options.steps) {
       report.dev.push_back({static_cast<double>(step + 1), evaluate(model, dev)});
     }
+    if (after_step) after_step(report);
   }
   progress.finish();
   model->eval();

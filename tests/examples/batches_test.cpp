@@ -62,4 +62,19 @@ TEST(Batches, TheSeedSetsTheOrder) {
   EXPECT_FALSE(at::equal(batch.input_ids, other.next().input_ids));
 }
 
+TEST(Batches, GoOnAtAPosition) {
+  std::vector<std::size_t> lengths;
+  for (std::size_t i = 0; i < 23; ++i) lengths.push_back(2 + i % 5);
+  const auto samples = samples_of_lengths(lengths);
+  for (std::size_t read = 0; read <= 2 * 6 + 1; ++read) {  // 6 batches an epoch
+    BatchStream first(samples, 4, 3), second(samples, 4, 9);
+    for (std::size_t i = 0; i < read; ++i) first.next();
+    second.next();
+    second.go_to(first.position());
+    EXPECT_EQ(second.position(), first.position());
+    for (int i = 0; i < 14; ++i) EXPECT_TRUE(at::equal(second.next().input_ids, first.next().input_ids)) << read;
+  }
+  EXPECT_THROW(BatchStream(samples, 4, 1).go_to("no numbers"), std::runtime_error);
+}
+
 }  // namespace

@@ -7,11 +7,14 @@
 #include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "examples/models/gpt2_checkpoint.h"
+#include "harness/child_process.h"
 #include "harness/temp_folder.h"
 
 namespace {
@@ -91,9 +94,10 @@ TEST_F(Programs, HelpExplainsEveryFlag) {
   const auto outcome = run(FINETUNE_GPT2 " --help");
   EXPECT_EQ(outcome.exit_code, 0);
   for (const auto* const flag :
-       {"--model",      "--data",    "--dev",     "--output",          "--method", "--rank",    "--alpha",
-        "--dropout",    "--targets", "--lr",      "--lora-plus-ratio", "--warmup", "--steps",   "--epochs",
-        "--batch-size", "--seed",    "--threads", "--dtype",           "--device", "--compare", "--json"}) {
+       {"--model",  "--data",    "--dev",        "--output",   "--method",           "--rank",
+        "--alpha",  "--dropout", "--targets",    "--lr",       "--lora-plus-ratio",  "--warmup",
+        "--steps",  "--epochs",  "--batch-size", "--seed",     "--threads",          "--dtype",
+        "--device", "--compare", "--json",       "--schedule", "--checkpoint-every", "--resume"}) {
     EXPECT_THAT(outcome.output, testing::ContainsRegex(std::string(flag) + "[ ,][^\n]*\n? +[a-zA-Z]")) << flag;
   }
 }
@@ -108,6 +112,10 @@ TEST_F(Programs, ABadFlagIsOneLineAndExitCodeTwo) {
   expect_error(FINETUNE_GPT2 " --seed -1", "--seed: found -1");
   expect_error(FINETUNE_GPT2 " --steps 10 --epochs 1", "--epochs");
   expect_error(FINETUNE_GPT2 " --compare --lr 1e-3", "--compare");
+  expect_error(FINETUNE_GPT2 " --compare --resume", "--compare");
+  expect_error(FINETUNE_GPT2 " --compare --checkpoint-every 5", "--compare");
+  expect_error(FINETUNE_GPT2 " --checkpoint-every 0", "--checkpoint-every: found 0");
+  expect_error(FINETUNE_GPT2 " --schedule step", "--schedule");
   expect_error(FINETUNE_GPT2 " --method lorax", "--method");
   expect_error(FINETUNE_GPT2 " --dtype float8", "--dtype");
   expect_error(FINETUNE_GPT2 " --data train.txt", "--dev");
@@ -174,12 +182,86 @@ TEST_F(Programs, EveryMethodAndDtypeRuns) {
   for (const auto& flags :
        {steps + adapter + "--method lora+ --lora-plus-ratio 4", steps + "--method full --output full",
         steps + adapter + "--dtype bfloat16", steps + adapter + "--targets all-linear",
+        steps + adapter + "--schedule cosine --warmup 1", steps + adapter + "--schedule constant",
         adapter + "--epochs 2 --targets c_attn c_proj --rank 2 --alpha 5 --warmup 1"}) {
     const auto outcome = run(finetune + base + flags);
     EXPECT_EQ(outcome.exit_code, 0) << flags << "\n" << outcome.errors;
   }
   // What full fine-tuning saved is a base of its own.
   EXPECT_EQ(run(finetune + steps + adapter + "--model full").exit_code, 0);
+}
+
+/// A run is killed at random moments, also while it saves, and continued: the same weights, curve and figures.
+TEST_F(Programs, AKilledRunIsContinuedToTheSameEnd) {
+  std::mt19937 random(11);
+  const auto without_measured = [&](const std::string& name) {
+    auto numbers = json(name);
+    for (const auto* const measured : {"tokens_per_second", "seconds", "peak_memory_bytes"}) numbers.erase(measured);
+    return numbers;
+  };
+  for (const auto& [flags, weights, kills] :
+       {std::tuple{"--method lora+ --dropout 0.2 --schedule cosine", "adapter_model.safetensors", 6},
+        std::tuple{"--method full --lr 1e-3", "model.safetensors", 2}}) {
+    const auto command = finetune + base + "--steps 60 --warmup 5 " + flags;
+    ASSERT_EQ(run(command + " --output whole --json whole.json").exit_code, 0);
+    const auto with_checkpoints = command + " --output killed --json killed.json --checkpoint-every 1 --resume";
+    for (int kill = 0; kill < kills; ++kill) {
+      harness::ChildProcess child(
+          {"/bin/sh", "-c", "cd " + folder.path().string() + " && exec " + with_checkpoints + " >killed.txt 2>&1"});
+      ASSERT_TRUE(child.kill_after_saves(folder / "killed/checkpoint.safetensors", random, 6)) << kill;
+    }
+    const auto last = run(with_checkpoints);
+    ASSERT_EQ(last.exit_code, 0) << last.errors;
+    EXPECT_THAT(last.output, HasSubstr("Continuing after step "));
+    EXPECT_EQ(read_bytes(folder / "killed/" + weights), read_bytes(folder / "whole/" + weights));
+    EXPECT_EQ(read_bytes(folder / "killed/loss_curve.svg"), read_bytes(folder / "whole/loss_curve.svg"));
+    EXPECT_EQ(without_measured("killed.json"), without_measured("whole.json"));
+    std::filesystem::remove_all(folder / "killed");
+  }
+}
+
+TEST_F(Programs, ResumingSaysWhereItBegins) {
+  const auto first = run(usual + "--checkpoint-every 2 --resume");
+  EXPECT_EQ(first.exit_code, 0) << first.errors;
+  EXPECT_THAT(first.output, HasSubstr("No checkpoint in adapter: starting at step 0"));
+  const auto weights = read_bytes(folder / "adapter/adapter_model.safetensors");
+  const auto again = run(usual + "--resume");
+  EXPECT_EQ(again.exit_code, 0) << again.errors;
+  EXPECT_THAT(again.output, HasSubstr("This run is finished: its result lies in adapter"));
+  EXPECT_THAT(again.output, Not(HasSubstr("dev loss")));
+  std::filesystem::remove(folder / "adapter/adapter_model.safetensors");
+  const auto lost = run(usual + "--resume");
+  EXPECT_EQ(lost.exit_code, 0) << lost.errors;
+  EXPECT_THAT(lost.output, HasSubstr("Continuing after step 3 of 3"));
+  EXPECT_EQ(read_bytes(folder / "adapter/adapter_model.safetensors"), weights);
+}
+
+TEST_F(Programs, ACheckpointOfAnotherRunIsRefusedByName) {
+  ASSERT_EQ(run(usual + "--checkpoint-every 2").exit_code, 0);
+  const auto refused = [&](const std::string& flags, const std::string& why) { expect_error(usual + flags, why); };
+  refused("--resume --rank 4 --seed 9", "found 8, expected 4 for settings.rank");
+  refused("--resume --seed 9", "found 1, expected 9 for settings.seed");
+  refused("--resume --lr 1e-3", "found 0.01, expected 0.001 for settings.lr");
+  refused("--resume --schedule cosine", "for schedule.type");
+  refused("--resume --method full", "found \"lora\", expected \"full\" for settings.method");
+  expect_error(finetune + base + adapter + "--steps 4 --resume", "found 3, expected 4 for settings.steps");
+  write_bytes(folder / "train.txt", run(GENERATE_PAIRS " --count 12 --seed 3").output);
+  refused("--resume", "for settings.data; give the flags of that run, or start anew without --resume");
+}
+
+TEST_F(Programs, ABrokenCheckpointIsOneLineAndExitCodeTwo) {
+  ASSERT_EQ(run(usual + "--checkpoint-every 2").exit_code, 0);
+  const auto path = folder / "adapter/checkpoint.safetensors";
+  auto bytes = read_bytes(path);
+  write_bytes(path, bytes.substr(0, bytes.size() / 2));
+  expect_error(usual + "--resume", "adapter/checkpoint.safetensors: ");
+  bytes[bytes.size() - 20] ^= 1;
+  write_bytes(path, bytes);
+  expect_error(usual + "--resume", "the file is damaged");
+  std::filesystem::remove(path);
+  std::filesystem::create_directories(path + "/inside");
+  expect_error(usual + "--resume", "adapter/checkpoint.safetensors: is no regular file");
+  expect_error(usual + "--checkpoint-every 2", "adapter/checkpoint.safetensors: cannot be replaced");
 }
 
 TEST_F(Programs, ADivergedRunHasAnExitCodeOfItsOwn) {

@@ -46,13 +46,8 @@ TEST(Loss, EvaluationWeighsTokensNotBatches) {
   EXPECT_NEAR(evaluate(model, batches_in_order(samples, 3)), evaluate(model, batches_in_order(samples, 1)), 1e-5);
 }
 
-TEST(Training, WarmsUpAndDecaysToZero) {
-  EXPECT_DOUBLE_EQ(warmup_then_linear(0, 4, 12), 0.25);
-  EXPECT_DOUBLE_EQ(warmup_then_linear(3, 4, 12), 1.0);
-  EXPECT_DOUBLE_EQ(warmup_then_linear(4, 4, 12), 1.0);
-  EXPECT_DOUBLE_EQ(warmup_then_linear(8, 4, 12), 0.5);
-  EXPECT_DOUBLE_EQ(warmup_then_linear(11, 4, 12), 0.125);
-  EXPECT_DOUBLE_EQ(warmup_then_linear(0, 0, 5), 1.0);
+lora::ScheduleOptions linear(std::int64_t warmup, std::int64_t steps) {
+  return lora::ScheduleOptions().type(lora::ScheduleType::kLinear).warmup_steps(warmup).total_steps(steps);
 }
 
 TEST(Training, LearnsToCount) {
@@ -63,8 +58,16 @@ TEST(Training, LearnsToCount) {
   TrainOptions options;
   options.steps = 150;
   options.evaluations = 3;
+  lora::Schedule schedule(optimizer, linear(20, 150));
   Progress progress("counting", options.steps);
-  const auto report = train(model, optimizer, stream, dev, options, progress);
+  std::vector<double> rates;
+  const auto report = train(model, optimizer, schedule, stream, dev, options, progress, {}, [&](const TrainReport&) {
+    rates.push_back(optimizer.param_groups()[0].options().get_lr());
+  });
+  ASSERT_EQ(rates.size(), 150U);
+  EXPECT_DOUBLE_EQ(rates[9], 0.5e-2);
+  EXPECT_DOUBLE_EQ(rates[84], 0.5e-2);
+  EXPECT_EQ(rates.back(), 0);
   EXPECT_EQ(report.train.size(), 150U);
   ASSERT_EQ(report.dev.size(), 4U);
   EXPECT_EQ(report.dev.back().step, 150);
@@ -78,10 +81,10 @@ TEST(Training, StopsWhenTheLossIsNoNumber) {
   auto model = tiny_model();
   torch::optim::SGD optimizer(model->transformer->parameters(), torch::optim::SGDOptions(1e38));
   BatchStream stream(counting_samples(), 4, 1);
-  TrainOptions options;
-  options.warmup = 0;
+  lora::Schedule schedule(optimizer, {});
+  const TrainOptions options;
   Progress progress("diverging", options.steps);
-  EXPECT_THROW(train(model, optimizer, stream, batches_in_order(counting_samples(), 12), options, progress),
+  EXPECT_THROW(train(model, optimizer, schedule, stream, batches_in_order(counting_samples(), 12), options, progress),
                DivergedError);
 }
 
