@@ -42,16 +42,18 @@ struct Choices {
   lora::ScheduleOptions schedule = cosine();
   uint64_t base_seed = 5;
   int64_t seed = 1;
+  at::Device device = at::kCPU;
 };
 
 /// Two adapters on an Mlp whose batches are drawn at random, as are its dropout masks.
 struct Training {
-  explicit Training(const Choices& options = {}) {
+  explicit Training(const Choices& options = {}) : device(options.device) {
     {
       const at::NoGradGuard no_grad;
       auto seed = options.base_seed;
       for (auto& parameter : model->parameters()) parameter.copy_(harness::normal(parameter.sizes(), seed++) * 0.3);
     }
+    model->to(device);
     adapters = lora::inject(*model, options.config);
     adapters->add(lora::LoraConfig().r(2).target_modules({"down"}), "other");
     adapters->set_active({"default", "other"});
@@ -62,7 +64,7 @@ struct Training {
   }
 
   double step() {
-    const auto x = at::randn({6, 12});
+    const auto x = at::randn({6, 12}, device);
     const auto closure = [&] {
       optimizer->zero_grad();
       const auto loss = (model->forward(x) - x.narrow(1, 0, 8)).pow(2).mean();
@@ -92,6 +94,7 @@ struct Training {
   }
 
   TempFolder folder;
+  at::Device device;
   Mlp model;
   std::optional<lora::Adapters> adapters;
   std::unique_ptr<torch::optim::Optimizer> optimizer;

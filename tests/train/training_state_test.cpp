@@ -126,8 +126,10 @@ TEST_F(TrainingState, ContinuesEveryOptimizerOfLibTorch) {
 MakeOptimizer reversed(const MakeOptimizer& make) {
   return [=](const lora::Adapters& adapters) -> std::unique_ptr<torch::optim::Optimizer> {
     auto optimizer = make(adapters);
-    std::reverse(optimizer->param_groups().begin(), optimizer->param_groups().end());
-    for (auto& group : optimizer->param_groups()) std::reverse(group.params().begin(), group.params().end());
+    auto& groups = optimizer->param_groups();
+    std::vector<torch::optim::OptimizerParamGroup> other_way(groups.rbegin(), groups.rend());
+    for (auto& group : other_way) std::reverse(group.params().begin(), group.params().end());
+    groups.swap(other_way);
     return optimizer;
   };
 }
@@ -215,6 +217,24 @@ TEST_F(TrainingState, ContinuesATorchScriptModel) {
   resumed.steps(2);
   const auto found = resumed.adapters.parameters(), expected = whole.adapters.parameters();
   for (size_t i = 0; i < expected.size(); ++i) EXPECT_TRUE(at::equal(found[i], expected[i]));
+}
+
+TEST_F(TrainingState, ContinuesOnAGpuWithItsRandomNumbers) {
+  if (!at::globalContext().hasCUDA()) GTEST_SKIP() << "needs a GPU";
+  Choices choices;
+  choices.device = at::Device(at::kCUDA, 0);
+  torch::manual_seed(12);
+  Training whole(choices);
+  whole.steps(3);
+  whole.state.save(path);
+  whole.steps(3);
+  Training resumed(choices);
+  ASSERT_TRUE(resumed.state.load(path));
+  resumed.steps(3);
+  EXPECT_EQ(resumed.bytes(), whole.bytes());
+  EXPECT_EQ(resumed.bytes().count("random/cuda:0"), 1U);
+  Training on_the_cpu;
+  expect_refused(on_the_cpu, ElementsAre("found random/cuda:0, expected no such part of the run"));
 }
 
 TEST_F(TrainingState, KeepsABufferThatIsNoPartOfTheBase) {
