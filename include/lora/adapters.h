@@ -385,7 +385,7 @@ inline MergeReport Adapters::merge(const std::vector<std::string>& names, const 
                        "first");
     }
   }
-  detail::SiteMerger merger(state().sites(), merged, state().active());
+  detail::SiteMerger merger(state().sites(), merged, state().active(), !options.keep_base());
   const auto report = merger.cost(options.keep_base());
   if (options.keep_base()) {
     state().install(state().active(), merged, merger.merge());
@@ -419,7 +419,8 @@ inline void Adapters::unload() {
 
 inline void Adapters::merge_and_unload() {
   const auto lock = state().change("merge_and_unload", /*leaving=*/true);
-  for (const auto& [site, weight] : detail::merge_sites(state().sites(), state().active(), state().active())) {
+  const auto& active = state().active();
+  for (const auto& [site, weight] : detail::merge_sites(state().sites(), active, active, /*for_good=*/true)) {
     state().replace(site, weight);
   }
   state().unload();

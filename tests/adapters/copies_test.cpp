@@ -219,6 +219,29 @@ TEST(Embeddings, ATiedHeadStaysAsItIs) {
   EXPECT_FALSE(at::equal(model->wte->weight, head));
 }
 
+TEST(Embeddings, AHeadThatMultipliesWithTheirMemberStaysAsItIs) {
+  torch::manual_seed(7);
+  struct Functional : torch::nn::Module {
+    Functional() : wte(register_module("wte", torch::nn::Embedding(15, 6))) {}
+    at::Tensor forward(const at::Tensor& tokens) { return at::linear(at::tanh(wte(tokens)), wte->weight); }
+    torch::nn::Embedding wte;
+  } model;
+  model.to(at::kDouble);
+  const auto W0 = model.wte->weight.detach().clone();
+  auto adapters = lora::inject(model, LoraConfig().r(2).lora_alpha(3).target_modules({"wte"}));
+  harness::fill(adapters);
+  const auto A = adapters.parameters()[0].detach(), B = adapters.parameters()[1].detach();
+  const auto tokens = at::arange(15).view({3, 5});
+  const auto expected = at::linear(at::tanh(at::embedding(W0 + 1.5 * A.t().mm(B.t()), tokens)), W0);
+  EXPECT_LT(harness::largest(model.forward(tokens) - expected), 1e-12);
+  adapters.merge();
+  EXPECT_LT(harness::largest(model.forward(tokens) - expected), 1e-12) << "merged";
+  EXPECT_THAT(problem([&] { adapters.merge_and_unload(); }), HasSubstr("wte.weight looked up and multiplied with"));
+  adapters.unmerge();
+  adapters.unload();
+  EXPECT_TRUE(at::equal(model.wte->weight, W0));
+}
+
 TEST(Embeddings, GradientsScaledByFrequencyAreTheDenseOnes) {
   torch::manual_seed(7);
   torch::nn::Sequential model(torch::nn::Embedding(torch::nn::EmbeddingOptions(6, 4).scale_grad_by_freq(true)));

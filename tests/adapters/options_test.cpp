@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <lora/lora.h>
+#include <torch/csrc/jit/serialization/import.h>
 #include <torch/optim/adamw.h>
 
 #include <functional>
@@ -14,7 +15,9 @@
 #include <ostream>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "examples/models/gpt2.h"
 #include "examples/models/gpt2_checkpoint.h"
@@ -38,6 +41,16 @@ struct OptionCase {
   std::string path() const { return kOptions + model + "/" + name; }
 };
 void PrintTo(const OptionCase& option, std::ostream* out) { *out << option.model << "/" << option.name; }
+
+const std::vector<OptionCase>& options() {
+  static const std::vector<OptionCase> cases{
+      {"reader", "embedding"},        {"reader", "conv"},      {"reader", "bias_all"},
+      {"reader", "bias_lora_only"},   {"reader", "lora_bias"}, {"reader", "modules_to_save"},
+      {"reader", "bias_and_modules"}, {"reader", "task_head"}, {"reader", "tokens"},
+      {"reader", "layers"},           {"reader", "one_layer"}, {"reader", "everything"},
+      {"convs", "conv2d_conv3d"},     {"gpt2", "tokens"},      {"gpt2", "embedding"}};
+  return cases;
+}
 
 struct Model {
   std::shared_ptr<torch::nn::Module> module;
@@ -181,15 +194,69 @@ TEST_P(Option, ClonesTrainsAndVerifies) {
   EXPECT_EQ(harness::base_bytes(*model_.module), before);
 }
 
-INSTANTIATE_TEST_SUITE_P(Golden, Option,
-                         ::testing::Values(OptionCase{"reader", "embedding"}, OptionCase{"reader", "conv"},
-                                           OptionCase{"reader", "bias_all"}, OptionCase{"reader", "bias_lora_only"},
-                                           OptionCase{"reader", "lora_bias"}, OptionCase{"reader", "modules_to_save"},
-                                           OptionCase{"reader", "bias_and_modules"}, OptionCase{"reader", "task_head"},
-                                           OptionCase{"reader", "tokens"}, OptionCase{"reader", "layers"},
-                                           OptionCase{"reader", "one_layer"}, OptionCase{"reader", "everything"},
-                                           OptionCase{"convs", "conv2d_conv3d"}, OptionCase{"gpt2", "tokens"},
-                                           OptionCase{"gpt2", "embedding"}),
+INSTANTIATE_TEST_SUITE_P(Golden, Option, ::testing::ValuesIn(options()),
                          [](const auto& tested) { return tested.param.model + "_" + tested.param.name; });
+
+/// The same in TorchScript models of the same weights.
+class ScriptOption : public ::testing::TestWithParam<std::tuple<OptionCase, std::string>> {
+ protected:
+  static std::string file() {
+    const auto& [option, kind] = GetParam();
+    return LORA_SOURCE_DIR "/tests/golden/script/" + (option.model == "gpt2" ? "tied" : option.model) + "_" + kind +
+           ".pt";
+  }
+  const OptionCase& option() const { return std::get<0>(GetParam()); }
+};
+
+TEST_P(ScriptOption, GivesPeftsOutputsAndGradientsMergedOrNot) {
+  auto model = torch::jit::load(file());
+  model.eval();
+  const auto data = lora::load_safetensors(kOptions + option().model + "/data.safetensors");
+  const auto expected = lora::load_safetensors(option().path() + "/expected.safetensors");
+  const auto output = [&] { return model.forward({data.at("x")}).toTensor(); };
+  for (int run = 0; run < 3; ++run) EXPECT_LT(relative_error(output(), data.at("y_base")), kTolerance) << "the base";
+  const auto base = output();
+  auto adapters = lora::load(model, option().path());
+  for (int run = 0; run < 3; ++run) EXPECT_LT(relative_error(output(), expected.at("y")), kTolerance) << run;
+  EXPECT_THAT(adapters.fallbacks(), ::testing::IsEmpty());
+  adapters.set_trainable({"default"});
+  for (int run = 0; run < 3; ++run) {
+    for (auto& tensor : adapters.parameters()) tensor.mutable_grad() = at::Tensor();
+    (output() * data.at("g")).sum().backward();
+  }
+  size_t compared = 0;
+  for (const auto& [name, tensor] : adapters.named_parameters()) ASSERT_TRUE(tensor.grad().defined()) << name;
+  for (const auto& [key, gradient] : expected) compared += key.size() > 5 && key.substr(key.size() - 5) == ".grad";
+  EXPECT_GE(compared, adapters.parameters().size());
+  {
+    const lora::DisableAdapters disabled(adapters);
+    EXPECT_LT(relative_error(output(), base), kTolerance);
+  }
+  adapters.merge();
+  for (int run = 0; run < 3; ++run) EXPECT_LT(relative_error(output(), expected.at("y")), kTolerance) << "merged";
+  const TempFolder folder;
+  model.save(folder / "merged.pt");
+  auto without_library = torch::jit::load(folder / "merged.pt");
+  EXPECT_LT(relative_error(without_library.forward({data.at("x")}).toTensor(), expected.at("y")), kTolerance)
+      << "saved";
+  adapters.unmerge();
+  adapters.unload();
+  EXPECT_LT(relative_error(output(), base), kTolerance) << "unloaded";
+}
+
+/// A transformers model is traced only.
+std::vector<std::tuple<OptionCase, std::string>> script_options() {
+  std::vector<std::tuple<OptionCase, std::string>> cases;
+  for (const auto& option : options()) {
+    cases.emplace_back(option, "traced");
+    if (option.model != "gpt2") cases.emplace_back(option, "scripted");
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Golden, ScriptOption, ::testing::ValuesIn(script_options()), [](const auto& tested) {
+  const auto& option = std::get<0>(tested.param);
+  return option.model + "_" + option.name + "_" + std::get<1>(tested.param);
+});
 
 }  // namespace

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models import MhaBlock, Mlp
+from models import Convs, MhaBlock, Mlp, Reader
 
 
 class Logits(torch.nn.Module):
@@ -82,6 +82,17 @@ def main():
     gpt2 = transformers.GPT2LMHeadModel.from_pretrained(here / "gpt2" / "model", attn_implementation="eager").eval()
     ids = load_file(here / "gpt2" / "expected.safetensors")["ids"]
     save(torch.jit.trace(Logits(gpt2), ids, check_trace=False), script / "gpt2_traced.pt")
+
+    options = here / "options"
+    reader = with_weights(Reader(), options / "reader" / "base.safetensors").eval()
+    save(torch.jit.script(reader), script / "reader_scripted.pt")
+    save(torch.jit.trace(reader, load_file(options / "reader" / "data.safetensors")["x"]), script / "reader_traced.pt")
+    convs = with_weights(Convs(), options / "convs" / "base.safetensors")
+    save(torch.jit.script(convs), script / "convs_scripted.pt")
+    save(torch.jit.trace(convs, load_file(options / "convs" / "data.safetensors")["x"]), script / "convs_traced.pt")
+    tied = transformers.GPT2LMHeadModel.from_pretrained(options / "gpt2" / "base", attn_implementation="eager").eval()
+    ids = load_file(options / "gpt2" / "data.safetensors")["x"]
+    save(torch.jit.trace(Logits(tied), ids, check_trace=False), script / "tied_traced.pt")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ struct ScriptRows {
   std::string module;     // "body.up"; empty: the root
   std::string attribute;  // "weight"
   int64_t row = 0;
-  bool transposed = false;  // the slot holds [in, out]
+  bool transposed = false;  // the slot holds [in, out], or a table's [entries, out]
+  bool table = false;
 };
 
 struct ScriptCase {
@@ -121,6 +122,43 @@ def forward(self, x):
   return root;
 }
 
+inline torch::jit::Module script_layer(const std::string& type, at::IntArrayRef sizes, uint64_t seed) {
+  torch::jit::Module layer(type);
+  add_parameter(layer, "weight", sizes, seed);
+  layer.register_attribute("training", c10::BoolType::get(), true);
+  return layer;
+}
+
+/// Rows of a table, chosen by the order of x's values.
+inline torch::jit::Module script_lookup() {
+  auto table = script_layer("Embedding", {11, 6}, 51);
+  table.define("def forward(self, ids):\n  return torch.embedding(self.weight, ids, 4)\n");
+  torch::jit::Module root("Root");
+  root.register_module("wte", table);
+  root.define(R"(
+def forward(self, x):
+  ids = torch.argsort(x.detach(), stable=True, dim=-1)
+  return torch.tanh(self.wte.forward(ids) * x.unsqueeze(-1))
+)");
+  return root;
+}
+
+/// Convolutions as a script calls them and as a trace records them, one with groups.
+inline torch::jit::Module script_convolutions() {
+  auto called = script_layer("Conv2d", {4, 3, 3, 2}, 61);
+  called.define("def forward(self, x):\n  return torch.conv2d(x, self.weight, None, [1, 2], [1, 0], [1, 1], 1)\n");
+  auto recorded = script_layer("Conv2d", {10, 2, 2, 2}, 62);
+  recorded.define(
+      "def forward(self, x):\n  return torch._convolution(x, self.weight, None, [1, 1], [0, 0], [2, 1], False, [0, 0], "
+      "2, "
+      "False, False, True, True)\n");
+  torch::jit::Module root("Root");
+  root.register_module("called", called);
+  root.register_module("recorded", recorded);
+  root.define("def forward(self, x):\n  return self.recorded.forward(torch.tanh(self.called.forward(x)))\n");
+  return root;
+}
+
 inline const std::vector<ScriptCase>& script_cases() {
   static const std::vector<ScriptCase> cases{
       {"Layers",
@@ -152,6 +190,13 @@ inline const std::vector<ScriptCase>& script_cases() {
        {"in_proj_weight[q,v]"},
        {"in_proj_weight"},
        {{"lora_*.q", "", "in_proj_weight", 0}, {"lora_*.v", "", "in_proj_weight", 20}}},
+      {"Lookup", &script_lookup, {3, 9}, {"wte"}, {"wte"}, {{"wte.lora_*", "wte", "weight", 0, true, true}}},
+      {"Convolutions",
+       &script_convolutions,
+       {2, 3, 5, 7},
+       {"called", "recorded"},
+       {"called", "recorded"},
+       {{"called.lora_*", "called", "weight"}, {"recorded.lora_*", "recorded", "weight"}}},
       {"PartsOfColumns",
        &script_products,
        {4, 12},
@@ -176,9 +221,11 @@ class ScriptOracle {
       for (const auto& rows : script.rows) {
         auto path = rows.tensors;
         path.replace(path.find('*'), 1, adapter);
-        if (tensors.count(path + ".lora_A") == 0) continue;  // this adapter has other targets
+        const std::string A = rows.table ? "lora_embedding_A" : "lora_A",
+                          B = rows.table ? "lora_embedding_B" : "lora_B";
+        if (tensors.count(path + "." + A) == 0) continue;  // this adapter has other targets
         const Pair pair{
-            {path, tensors[path + ".lora_A"].detach().clone(), tensors[path + ".lora_B"].detach().clone(), scaling},
+            {path, tensors[path + "." + A].detach().clone(), tensors[path + "." + B].detach().clone(), scaling, A, B},
             rows};
         block(slot(rows), rows, pair.B.size(0)).add_(at::mm(pair.B, pair.A), scaling);
         pairs_.push_back(pair);
@@ -212,7 +259,7 @@ class ScriptOracle {
   }
 
   static at::Tensor block(const at::Tensor& slot, const ScriptRows& rows, int64_t count) {
-    return (rows.transposed ? slot.t() : slot).narrow(0, rows.row, count);
+    return (rows.transposed ? slot.t() : slot.flatten(1)).narrow(0, rows.row, count);
   }
 
   torch::jit::Module module_;

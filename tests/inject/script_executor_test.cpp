@@ -414,13 +414,20 @@ TEST_F(ScriptExecutor, AnEmbeddingThatIsAlsoMultipliedWithIsNoted) {
       "def forward(self, ids):\n  e = torch.embedding(self.wte.weight, ids)\n  return torch.linear(e, "
       "self.wte.weight)\n");
   const auto ids = at::arange(15);
-  auto adapters = lora::inject(model, LoraConfig().r(2).target_modules({"wte"}));
+  const auto W0 = table.attr("weight").toTensor().detach().clone();
+  auto adapters = lora::inject(model, LoraConfig().r(2).lora_alpha(3).target_modules({"wte"}));
   EXPECT_THAT(adapters.report().notes, ::testing::ElementsAre(HasSubstr("wte is multiplied with as well")));
   harness::fill(adapters);
-  const auto unmerged = model.forward({ids}).toTensor();
+  const auto A = adapters.parameters()[0].detach(), B = adapters.parameters()[1].detach();
+  const auto expected = at::linear(W0 + 1.5 * A.t().mm(B.t()), W0);  // the head stays
+  EXPECT_LT(harness::largest(model.forward({ids}).toTensor() - expected), 1e-12);
   EXPECT_THAT(adapters.fallbacks(), ::testing::IsEmpty());
   adapters.merge();
-  EXPECT_LT(harness::largest(unmerged - model.forward({ids}).toTensor()), 1e-12);
+  EXPECT_LT(harness::largest(model.forward({ids}).toTensor() - expected), 1e-12) << "merged";
+  EXPECT_THAT(message_of([&] { adapters.merge_and_unload(); }), HasSubstr("looked up and multiplied with"));
+  EXPECT_LT(harness::largest(model.forward({ids}).toTensor() - expected), 1e-12) << "refused";
+  adapters.unload();
+  EXPECT_TRUE(at::equal(model.forward({ids}).toTensor(), at::linear(W0, W0)));
 }
 
 TEST_F(ScriptExecutor, ATiedHeadOfALoadedArchiveIsNoted) {

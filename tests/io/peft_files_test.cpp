@@ -282,7 +282,6 @@ TEST_F(PeftFolder, WithOptionsWhoseTensorsTheFileLacks) {
                                                              {"bias", "lora_only"},
                                                              {"lora_bias", true},
                                                              {"modules_to_save", {"up"}},
-                                                             {"layers_to_transform", {1}},
                                                              {"trainable_token_indices", {1, 2}}};
   for (const auto& [key, value] : options) {
     write_bytes(folder_ / "adapter_config.json", good);

@@ -25,7 +25,7 @@ inline std::string base_hash(const ModelAdapters& adapters, const std::set<const
 inline Json adapters_json(const ModelAdapters& adapters) {
   Json json = {{"active", adapters.active()}, {"trainable", Json::array()}, {"adapters", Json::object()}};
   for (const auto& adapter : adapters.adapters()) {
-    auto scalings = Json::object();
+    auto scalings = Json::object(), tokens = Json::object();
     std::set<double> different;
     for (const auto& site : adapters.sites()) {
       const auto* updates = site.find(adapter.name);
@@ -35,10 +35,12 @@ inline Json adapters_json(const ModelAdapters& adapters) {
         different.insert(scaling);
         scalings[join_path(site.path, part.name)] = scaling;
       }
+      if (updates->rows.defined() && !updates->rows_tied) tokens[site.path] = updates->rows.ids;
     }
     json["adapters"][adapter.name] = {{"type", adapter.method->peft_type()},
                                       {"dropout", adapter.method->dropout()},
-                                      {"scaling", different.size() == 1 ? Json(*different.begin()) : scalings}};
+                                      {"scaling", different.size() == 1 ? Json(*different.begin()) : scalings},
+                                      {"tokens", tokens}};
     if (adapter.trainable) json["trainable"].push_back(adapter.name);
   }
   return json;

@@ -243,12 +243,15 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       const auto merged_weight = weights.find(i);
       const bool is_merged = merged_weight != weights.end();
       SiteChange change{site, is_merged ? merged_weight->second : site.weight->base(), is_merged, false, {}};
+      bool splits_uses = false;
       for (const auto& name : active) {
         for (const auto& adapter : site.adapters) {
-          if (adapter.updates->adapter == name && !contains(merged, name)) change.unmerged.push_back(adapter.updates);
+          if (adapter.updates->adapter != name) continue;
+          if (!contains(merged, name)) change.unmerged.push_back(adapter.updates);
+          splits_uses = splits_uses || site.splits_uses(*adapter.updates);
         }
       }
-      change.carrier = is_merged ? !change.unmerged.empty() : !site.adapters.empty();
+      change.carrier = is_merged ? !change.unmerged.empty() || splits_uses : !site.adapters.empty();
       any_carrier = any_carrier || change.carrier;
       changes.push_back(std::move(change));
     }
@@ -387,6 +390,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       const bool absent = !base.defined();
       if (absent) base = absent_bias(site);
       site.weight = std::make_shared<AdaptedWeight>(site.host, std::move(base), calls_, site.layout, absent);
+      if (site.is_multiplied) site.weight->note_multiplied();
     }
     auto& node = nodes[site.module_path];
     if (node == nullptr) {

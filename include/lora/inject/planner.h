@@ -227,7 +227,10 @@ class Planner {
       plan_.notes.push_back(site.path + " is tied to " + site.tied_to +
                             ": the adapter changes this use of the weight only");
     }
-    if (!site.note.empty()) plan_.notes.push_back(site.path + site.note);
+    if (site.is_multiplied) {
+      plan_.notes.push_back(site.path +
+                            " is multiplied with as well, as by a tied head: the adapter changes lookups only");
+    }
     PlannedSite planned{index, {}};
     if (choice.whole) {
       planned.parts.push_back({"", 0, weight.size(0)});

@@ -37,8 +37,8 @@ struct Site {
   bool is_linear = false;  // belongs to "all-linear"
   bool is_buffer = false;
   WeightLayout layout = WeightLayout::kRows;
-  std::string note;     // what the user of an update is to know; empty: nothing
-  std::string refusal;  // why no update can live in the weight; empty: one can
+  bool is_multiplied = false;  // an embedding's weight that the model is known to multiply with, too
+  std::string refusal;         // why no update can live in the weight; empty: one can
   std::shared_ptr<Host> host;
   std::function<bool(const Targeting&, const std::string& path)> predicate;  // target_if on this module
 
@@ -59,6 +59,11 @@ struct Site {
   std::string local_name() const { return path == module_path ? "" : path.substr(path.rfind('.') + 1); }
   /// The parameter's path in the model: "h.0.ln_1.bias".
   std::string parameter_path() const { return module_path.empty() ? parameter : module_path + "." + parameter; }
+
+  /// Whether an adapter makes the weight's lookups and products differ.
+  bool splits_uses(const WeightAdapter& adapter) const {
+    return weight != nullptr && weight->multiplied() && (!adapter.parts.empty() || adapter.copy.defined());
+  }
 
   const WeightAdapter* find(const std::string& adapter) const {
     for (const auto& candidate : adapters) {

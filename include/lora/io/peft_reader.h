@@ -59,6 +59,7 @@ class PeftReader {
 
  private:
   PreparedAdapter prepare(LoraConfig config) {
+    if (files_.is_loralib) rename_loralib_embeddings();
     complete(config);
     method_ = std::make_shared<const LoRA>(config);
 
@@ -66,7 +67,7 @@ class PeftReader {
     leave_out_partners();
     add_saved_embeddings();
     for (const auto& planned : plan_.sites) {
-      if (files_.is_loralib) rename_loralib(planned);
+      if (files_.is_loralib) spread_loralib_parts(planned);
       check_updates(planned);
     }
     check_copies();
@@ -290,19 +291,24 @@ class PeftReader {
            " groups, whose update mixes the groups and is none of the weight";
   }
 
-  /// Brings loralib's factors of one weight into PEFT's form: an embedding's name, and the B of parts, which lies
-  /// without the zeros of the other parts (MergedLinear).
-  void rename_loralib(const PlannedSite& planned) {
-    const auto& updated = site(planned.site);
-    if (updated.layout == WeightLayout::kTable) {
-      for (const auto& [from, to] :
-           {std::pair{"lora_A.weight", PeftKeys::A(updated)}, {"lora_B.weight", PeftKeys::B(updated)}}) {
-        auto entry = files_.tensors.extract(join_path(updated.file_path, from));
+  /// loralib has one name for the factors of all layers.
+  void rename_loralib_embeddings() {
+    for (const auto& table : adapters_.sites()) {
+      if (table.layout != WeightLayout::kTable) continue;
+      const std::pair<std::string, std::string> names[] = {{"lora_A.weight", PeftKeys::A(table)},
+                                                           {"lora_B.weight", PeftKeys::B(table)}};
+      for (const auto& [from, to] : names) {
+        auto entry = files_.tensors.extract(join_path(table.file_path, from));
         if (entry.empty()) continue;
         entry.key() = to;
         files_.tensors.insert(std::move(entry));
       }
     }
+  }
+
+  /// Gives the B of parts, which loralib's MergedLinear has alone, the zeros of the other rows.
+  void spread_loralib_parts(const PlannedSite& planned) {
+    const auto& updated = site(planned.site);
     auto* B = find(PeftKeys::B(updated));
     if (B == nullptr || planned.parts.front().name.empty() || B->tensor.dim() != 2) return;
     int64_t rows = 0;

@@ -25,8 +25,9 @@ namespace detail {
 /// has in its place; throws before anything is changed.
 class SiteMerger {
  public:
-  SiteMerger(const std::vector<Site>& sites, const Names& names, const Names& active)
-      : sites_(sites), names_(names), active_(active) {}
+  /// `for_good`: W′ is to stand in place of W0, for every use of the weight.
+  SiteMerger(const std::vector<Site>& sites, const Names& names, const Names& active, bool for_good = false)
+      : sites_(sites), names_(names), active_(active), for_good_(for_good) {}
 
   /// W′ of every site, all in one threaded pass.
   std::map<size_t, at::Tensor> merge() {
@@ -104,6 +105,7 @@ class SiteMerger {
     }
     if (!changed) return;
     check_partners(site);
+    check_uses(site);
     values = with_rows_and_offsets(site, values);
     if (job->updates.empty()) {
       check_finite(site, values);
@@ -147,6 +149,24 @@ class SiteMerger {
     }
   }
 
+  /// Of a weight that is looked up and multiplied with, an adapter changes the lookups alone.
+  void check_uses(const Site& site) {
+    bool splits = false, has_rows = false;
+    for (const auto& name : names_) {
+      const auto* adapter = site.find(name);
+      if (adapter == nullptr) continue;
+      splits = splits || site.splits_uses(*adapter);
+      has_rows = has_rows || adapter->rows.defined();
+    }
+    if (!splits || !(for_good_ || has_rows)) return;
+    problems_ +=
+        (problems_.empty() ? "" : "\n") +
+        ("[lora::merge] found the weight " + site.parameter_path() +
+         " looked up and multiplied with, as by a tied head, expected one use: no single W' stands for both; " +
+         (for_good_ ? "merge() keeps them apart, or give the head a weight of its own"
+                    : "merge the adapters of tokens and of updates apart"));
+  }
+
   static void check_finite(const Site& site, const at::Tensor& values) {
     TORCH_CHECK_VALUE(!values.is_floating_point() || at::isfinite(values).all().item<bool>(),
                       "[lora::merge] found NaN or infinite values in W', expected finite ones at ",
@@ -156,15 +176,16 @@ class SiteMerger {
   const std::vector<Site>& sites_;
   const Names& names_;
   const Names& active_;
+  bool for_good_;
   std::vector<std::unique_ptr<MergeJob>> jobs_;
   std::vector<size_t> indices_;
   std::map<size_t, at::Tensor> weights_;
   std::string problems_;
 };
 
-inline std::map<size_t, at::Tensor> merge_sites(const std::vector<Site>& sites, const Names& names,
-                                                const Names& active) {
-  return SiteMerger(sites, names, active).merge();
+inline std::map<size_t, at::Tensor> merge_sites(const std::vector<Site>& sites, const Names& names, const Names& active,
+                                                bool for_good = false) {
+  return SiteMerger(sites, names, active, for_good).merge();
 }
 
 }  // namespace detail

@@ -13,6 +13,7 @@
 #include <lora/weight/weight_layout.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -57,6 +58,11 @@ class AdaptedWeight {
   const std::shared_ptr<CallState>& calls() const { return calls_; }
   void set_calls(std::shared_ptr<CallState> calls) { calls_ = std::move(calls); }
 
+  /// Whether an embedding's weight is multiplied with as well, as a tied head does: an adapter changes lookups alone,
+  /// so that one tensor cannot stand for both uses.
+  bool multiplied() const { return multiplied_.load(std::memory_order_relaxed); }
+  void note_multiplied() { multiplied_.store(true, std::memory_order_relaxed); }
+
   std::shared_ptr<const Snapshot> snapshot() const { return std::atomic_load(&snapshot_); }
 
   /// Whether an adapter that is active now is being trained.
@@ -84,6 +90,7 @@ class AdaptedWeight {
   std::shared_ptr<CallState> calls_;
   WeightLayout layout_;
   bool absent_;
+  std::atomic<bool> multiplied_{false};
   std::shared_ptr<const Snapshot> snapshot_;
 };
 

@@ -71,15 +71,6 @@ class CallState {
     }
   }
 
-  /// Tells that the weight of an embedding is used in a product too, once.
-  void note_multiplied_table() {
-    if (multiplied_table_.exchange(true)) return;
-    TORCH_WARN(
-        "[lora::weight] the weight of an adapted embedding is multiplied with as well, as by a tied head: the adapter "
-        "changes both uses. A head that is to stay as it is needs a module with the weight as its own member. Told "
-        "once.");
-  }
-
   void add_fallbacks(const std::map<std::string, int64_t>& counts) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& [operator_name, count] : counts) fallbacks_[operator_name] += count;
@@ -93,7 +84,6 @@ class CallState {
  private:
   std::atomic<int64_t> running_{0};
   std::atomic<size_t> disabled_{0};
-  std::atomic<bool> multiplied_table_{false};
   mutable std::mutex mutex_;
   std::vector<std::thread::id> disabled_threads_;
   std::map<std::string, int64_t> fallbacks_;

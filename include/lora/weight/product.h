@@ -124,14 +124,18 @@ inline at::Tensor update_input(const WeightAdapter& adapter, const AdaptedWeight
 /// x · V for a view V [in, out] of an adapted weight: `base_product(V of the base)` + Σ `scale` · x · ΔVᵢ.
 ///
 /// `base_product` runs the operator that the caller would run on a plain weight, so that without an active adapter the
-/// result is that operator's bit for bit.
+/// result is that operator's bit for bit. The weight of an embedding is multiplied with by a tied head, which the
+/// adapter leaves as it is but for rows of tokens.
 template <class BaseProduct>
 at::Tensor adapted_product(const at::Tensor& x, AdaptedWeightImpl& carrier, const WeightView& view, double scale,
                            const BaseProduct& base_product) {
-  const auto& weight = *carrier.weight();
+  auto& weight = *carrier.weight();
+  const bool table = weight.layout() == WeightLayout::kTable;
+  if (table) weight.note_multiplied();
   return adapted_call(
       carrier,
-      [&](const at::Tensor& values, const auto& active) {
+      [&](const at::Tensor& adapted, const auto& active) {
+        const auto& values = table ? weight.base() : adapted;
         auto y = base_product(carrier.view().of(weight.matrix(values)));
         for (const auto& adapter : active) {
           if (adapter->rows.defined()) add_row_change(adapter->rows, values, weight, x, view, scale, y);
@@ -139,7 +143,7 @@ at::Tensor adapted_product(const at::Tensor& x, AdaptedWeightImpl& carrier, cons
         return y;
       },
       [&](const WeightAdapter& adapter, at::Tensor& y) {
-        if (weight.layout() == WeightLayout::kTable) weight.calls()->note_multiplied_table();
+        if (table) return;
         const auto input = update_input(adapter, weight, x);
         const auto delta = view.transposed ? adapter_product(adapter, input, view.block)
                                            : adapter_transposed_product(adapter, input, view.block);

@@ -283,9 +283,7 @@ class ScriptWalk {
     site.is_buffer = parameters_.count({object, attribute}) == 0;
     site.layout = kind.layout;
     if (renormalised_.count({object, attribute}) != 0) site.refusal = kMaxNormRefusal;
-    if (multiplied_tables_.count({object, attribute}) != 0) {
-      site.note = " is multiplied with as well, as by a tied head: an adapter changes both uses";
-    }
+    site.is_multiplied = multiplied_tables_.count({object, attribute}) != 0;
     const auto host = std::make_shared<ScriptHost>(module, attribute);
     site.host = host;
     site.predicate = [host](const Targeting& targeting, const std::string& full_name) {
