@@ -53,6 +53,15 @@ TEST(PythonRegex, RefusesWhatItWouldReadDifferently) {
   }
 }
 
+TEST(PythonRegex, RefusesCountsThatStdRegexReadsAsOthers) {
+  for (const std::string pattern :
+       {"a{4294967297}", "a{1,4294967297}", "a{,10000}", "[a-z]{1,11111111111111111111}$"}) {
+    EXPECT_THAT([&] { PythonRegex{pattern}; }, ThrowsMessage<c10::ValueError>(HasSubstr("more than 9999 times")))
+        << pattern;
+  }
+  EXPECT_TRUE(PythonRegex("a{0003}").fullmatch("aaa"));
+}
+
 TEST(PythonRegex, RefusesWhatWouldUseUpTheStack) {
   const size_t many = 100'000;
   for (const auto& pattern : {std::string(many, '(') + std::string(many, ')'), std::string(many, 'a')}) {

@@ -106,16 +106,24 @@ class PythonRegex {
   bool is_quantifier(size_t begin) const {
     size_t i = begin + 1;
     bool digits = false;
-    while (i < pattern_.size() && std::isdigit(static_cast<unsigned char>(pattern_[i]))) digits = true, ++i;
+    const auto skip_number = [&] {
+      const size_t first = i;
+      while (i < pattern_.size() && std::isdigit(static_cast<unsigned char>(pattern_[i]))) ++i;
+      // std::regex counts in an int and reads a larger number as another one.
+      if (i - first > kMostDigits) refuse("a repetition of more than 9999 times");
+      digits = digits || i > first;
+    };
+    skip_number();
     if (i < pattern_.size() && pattern_[i] == ',') {
       ++i;
-      while (i < pattern_.size() && std::isdigit(static_cast<unsigned char>(pattern_[i]))) digits = true, ++i;
+      skip_number();
     }
     return digits && i < pattern_.size() && pattern_[i] == '}';
   }
 
   static constexpr size_t kLongest = 4096;
   static constexpr int kDeepest = 64;
+  static constexpr size_t kMostDigits = 4;
 
   std::string pattern_;
   std::regex regex_;
