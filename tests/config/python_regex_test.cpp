@@ -62,6 +62,17 @@ TEST(PythonRegex, RefusesCountsThatStdRegexReadsAsOthers) {
   EXPECT_TRUE(PythonRegex("a{0003}").fullmatch("aaa"));
 }
 
+#if defined(__GLIBCXX__)
+TEST(PythonRegex, MatchesInBoundedTime) {
+  // Trying one way after another to the end would take longer than anyone waits.
+  const std::string path = "base.model.layers.0.self_attn.q_proj";
+  for (const std::string pattern : {"(.*.*)*x", "(.*)*(.*)*(.*)*x", "([a-z._0-9]+)*!", "(.|.)*(.|.)*x"}) {
+    EXPECT_FALSE(PythonRegex{pattern}.fullmatch(path)) << pattern;
+  }
+  EXPECT_TRUE(PythonRegex{"(.*.*)*j"}.fullmatch(path));
+}
+#endif
+
 TEST(PythonRegex, RefusesWhatWouldUseUpTheStack) {
   const size_t many = 100'000;
   for (const auto& pattern : {std::string(many, '(') + std::string(many, ')'), std::string(many, 'a')}) {

@@ -1,4 +1,5 @@
-// libFuzzer: any text as an adapter_config.json. A configuration that is read is written and read again as the same.
+// libFuzzer: any text as an adapter_config.json. A configuration that is read can be asked about a module, and is
+// written and read again as the same.
 
 #include <c10/util/Exception.h>
 #include <lora/detail/error.h>
@@ -30,6 +31,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     config = read(std::string(reinterpret_cast<const char*>(data), size));
     const lora::LoRA method(config);
+    const std::string path = "model.layers.0.self_attn.q_proj";
+    method.scaling({path});
+    for (const auto& entry : config.target_modules().entries()) config.target_modules().matches(entry, path);
   } catch (const lora::FormatError& error) {
     if (error.problems().empty()) std::abort();
     return 0;

@@ -23,7 +23,7 @@ class PythonRegex {
   explicit PythonRegex(std::string pattern) : pattern_(std::move(pattern)) {
     const auto translation = translated();
     try {
-      regex_ = std::regex(translation, std::regex::ECMAScript);
+      regex_ = std::regex(translation, kMatching);
     } catch (const std::regex_error& error) {
       TORCH_CHECK_VALUE(false, "[lora::regex] found the pattern \"", pattern_,
                         "\", expected a valid regular expression: ", error.what());
@@ -32,7 +32,9 @@ class PythonRegex {
 
   /// Python's re.sub(pattern, replacement, text), with \\1 to \\9 for groups; nothing where the pattern is not found.
   std::optional<std::string> substituted(const std::string& text, const std::string& replacement) const {
-    if (!std::regex_search(text, regex_)) return std::nullopt;
+    // Which of several matches the groups hold is told by std::regex's own way alone.
+    const std::regex regex(translated(), std::regex::ECMAScript);
+    if (!std::regex_search(text, regex)) return std::nullopt;
     std::string format;
     for (size_t i = 0; i < replacement.size(); ++i) {
       const bool group = replacement[i] == '\\' && i + 1 < replacement.size() &&
@@ -40,7 +42,7 @@ class PythonRegex {
       if (replacement[i] == '$') format += '$';
       format += group ? '$' : replacement[i];
     }
-    return std::regex_replace(text, regex_, format);
+    return std::regex_replace(text, regex, format);
   }
 
   /// Python's re.fullmatch(pattern, text) is not None.
@@ -121,6 +123,13 @@ class PythonRegex {
     return digits && i < pattern_.size() && pattern_[i] == '}';
   }
 
+  // A pattern such as (.*.*)*x keeps std::regex busy for ages, and it may come out of a file: libstdc++ has a way of
+  // matching whose time is bounded, for patterns without back-references.
+#if defined(__GLIBCXX__)
+  static constexpr auto kMatching = std::regex::ECMAScript | std::regex_constants::__polynomial;
+#else
+  static constexpr auto kMatching = std::regex::ECMAScript;
+#endif
   static constexpr size_t kLongest = 4096;
   static constexpr int kDeepest = 64;
   static constexpr size_t kMostDigits = 4;
