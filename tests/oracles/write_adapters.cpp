@@ -68,12 +68,13 @@ class CaseFolder {
   std::map<std::string, torch::Tensor> data_;
 };
 
-/// Draws A and B anew, so that no B is zero.
-void randomize(const lora::Adapters& adapters) {
+/// Moves every tensor that is trained, so that no B is zero and no copy is the base's.
+void randomize(lora::Adapters& adapters) {
   torch::NoGradGuard no_grad;
-  for (const auto& name : adapters.names()) {
-    for (auto& [unused, tensor] : adapters.named_tensors(name)) tensor.normal_(0, 0.3);
-  }
+  const auto trainable = adapters.trainable();
+  adapters.set_trainable(adapters.names());
+  for (auto& tensor : adapters.parameters()) tensor.add_(torch::randn_like(tensor), 0.3);
+  adapters.set_trainable(trainable);
 }
 
 /// A model with one adapter "default": the output of the base and of the adapted model.
@@ -181,7 +182,9 @@ void write_gpt2(const std::string& out) {
       {"unequal_parts", lora({"c_attn[b,c]"}).fused_parts("c_attn", {{"a", 30}, {"b", 7}, {"c", 35}})},
       {"ranks", lora({"c_attn[q,v]", "attn.c_proj"})
                     .rank_pattern({{"h.0.attn.c_attn", 2}, {"c_proj", 5}})
-                    .alpha_pattern({{"h.1.attn.c_attn", 3}})}};
+                    .alpha_pattern({{"h.1.attn.c_attn", 3}})},
+      {"embedding", lora({"wte", "c_attn"})},
+      {"tokens_of_a_tied_head", lora({"c_attn"}).trainable_token_indices({7, 0, 33})}};
   for (const auto& [name, choice] : choices) {
     GPT2LMHeadModel model(config);
     {
@@ -193,6 +196,43 @@ void write_gpt2(const std::string& out) {
     save_gpt2(model, folder.path() + "/model", /*end_of_text=*/0);
     write_one(std::move(folder), model, choice, ids);
   }
+}
+
+/// Every option that reaches further than the factors of a Linear.
+void write_options(const std::string& out) {
+  using lora::BiasCopies;
+  const auto lora = [](const std::vector<std::string>& targets) {
+    return LoraConfig().r(3).lora_alpha(7).target_modules(targets);
+  };
+  const std::vector<std::pair<std::string, LoraConfig>> choices = {
+      {"embedding", lora({"wte", "mix"})},
+      {"conv", lora({"conv", "h.1.mix"})},
+      {"bias_all", lora({"mix"}).bias(BiasCopies::kAll)},
+      {"bias_lora_only", lora({"mix", "conv"}).bias(BiasCopies::kAdaptedOnly)},
+      {"lora_bias", lora({"mix", "conv"}).lora_bias(true)},
+      {"modules_to_save", lora({"mix"}).modules_to_save({"classifier", "norm"})},
+      {"bias_and_modules", lora({"mix", "conv"}).bias(BiasCopies::kAll).modules_to_save({"classifier"})},
+      {"tokens", lora({"mix"}).trainable_token_indices({{"wte", {9, 1, 4}}})},
+      {"layers", lora({"mix"}).layers_to_transform(1).layers_pattern("h")},
+      {"layers_without_pattern", lora({"mix"}).layers_to_transform({0})},
+      {"everything", lora({"wte", "mix", "conv"})
+                         .exclude_modules({"h.0.mix"})
+                         .bias(BiasCopies::kAdaptedOnly)
+                         .modules_to_save({"norm", "dense"})
+                         .rank_pattern({{"conv", 2}})
+                         .alpha_pattern({{"wte", 3}})
+                         .use_rslora(true)}};
+  const auto ids = torch::randint(11, {4, 7}, at::kLong);
+  for (const auto& [name, choice] : choices) {
+    Reader model;
+    CaseFolder folder(out, "reader_" + name, "reader");
+    folder.base(*model);
+    write_one(std::move(folder), model, choice, ids);
+  }
+  Convs convs;
+  CaseFolder folder(out, "convs", "convs");
+  folder.base(*convs);
+  write_one(std::move(folder), convs, lora({"first", "second"}), torch::randn({2, 2, 3, 6, 6}));
 }
 
 }  // namespace
@@ -207,6 +247,7 @@ int main(int argc, char** argv) {
     write_sequential(out);
     write_attention(out);
     write_gpt2(out);
+    write_options(out);
   } catch (const c10::Error& error) {
     std::fprintf(stderr, "error: %s\n", error.what_without_backtrace());
     return 2;
