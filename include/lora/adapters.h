@@ -51,9 +51,13 @@ class Adapters {
   /// All tensors of one adapter, trainable or not.
   std::vector<std::pair<std::string, at::Tensor>> named_tensors(const std::string& name) const;
 
+  /// All adapters, in the order in which they came.
   std::vector<std::string> names() const;
+  /// Those whose sum the model computes.
   std::vector<std::string> active() const { return state().active(); }
+  /// Those of them that are in the weights.
   std::vector<std::string> merged() const { return state().merged(); }
+  /// Those that get gradients.
   std::vector<std::string> trainable() const;
 
   /// Chooses the adapters whose sum the model computes; none: the base model. On a model that is merged as a whole the
@@ -89,6 +93,7 @@ class Adapters {
   ///
   /// Without `keep_base` every active adapter is merged and then unloaded; see MergeOptions.
   MergeReport merge(const MergeOptions& options = {});
+  /// Merges some of the active adapters, and those that are merged already.
   MergeReport merge(const std::vector<std::string>& names, const MergeOptions& options = {});
   /// What merge() would take, with nothing done.
   MergeReport merge_cost(const MergeOptions& options = {}) const;
@@ -106,6 +111,7 @@ class Adapters {
   /// How often each operator formed a dense weight because it has no low-rank kernel.
   std::map<std::string, int64_t> fallbacks() const { return state().calls()->fallbacks(); }
 
+  /// Whether both are handles of one model's adapters.
   bool operator==(const Adapters& other) const { return &state() == &other.state(); }
 
  private:
@@ -127,6 +133,7 @@ class Adapters {
 /// Turns a model's adapters off for the calling thread while it lives; guards nest.
 class DisableAdapters {
  public:
+  /// Throws a StateError where adapters are merged.
   explicit DisableAdapters(const Adapters& adapters) : calls_(adapters.state().calls()) {
     if (!adapters.merged().empty()) {
       throw StateError(

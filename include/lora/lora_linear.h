@@ -22,9 +22,10 @@ LORA_NAMESPACE_BEGIN
 template <class Method = LoRA>
 class LoRALinearImpl : public torch::nn::Module {
  public:
+  /// The method's configuration.
   using Config = typename Method::Config;
 
-  /// x: [*, in] → [*, out].
+  /// Shares `base`; the adapter is active and trainable.
   explicit LoRALinearImpl(torch::nn::Linear base, const Config& config = {}, const std::string& name = "default")
       : base_layer(register_module("base_layer", std::move(base))) {
     detail::check_without_adapters(*this);
@@ -39,9 +40,10 @@ class LoRALinearImpl : public torch::nn::Module {
     state->set_trainable({name});
   }
 
+  /// x: [*, in] → [*, out].
   at::Tensor forward(const at::Tensor& x) { return base_layer->forward(x); }
 
-  torch::nn::Linear base_layer;
+  torch::nn::Linear base_layer;  ///< The given layer.
 };
 
 /// Holder of a LoRALinearImpl: `lora::LoRALinear<>(torch::nn::Linear(768, 768), lora::LoraConfig().r(8))`.
@@ -49,6 +51,7 @@ template <class Method = LoRA>
 class LoRALinear : public torch::nn::ModuleHolder<LoRALinearImpl<Method>> {
  public:
   using torch::nn::ModuleHolder<LoRALinearImpl<Method>>::ModuleHolder;
+  /// The module that it holds.
   using Impl = LoRALinearImpl<Method>;
 };
 

@@ -49,6 +49,7 @@ LORA_NAMESPACE_BEGIN
 /// ```
 class TrainingState {
  public:
+  /// Tensors with their names.
   using NamedTensors = detail::NamedTensors;
 
   /// Keeps every tensor of every adapter. load() refuses a file of other adapters, of another choice of active or

@@ -15,7 +15,7 @@ LORA_NAMESPACE_BEGIN
 
 class LoRA;
 
-/// How the factors of a new adapter begin; B is zero in both, so ΔW = 0.
+/// How the factors of a new adapter begin; B is zero in both, so ΔW = 0. Of an embedding it is A, and B ~ N(0, 1).
 enum class LoraInit {
   kKaiming,   ///< A ~ U(−1/√in, 1/√in): PEFT's default.
   kGaussian,  ///< A ~ N(0, 1/r²): PEFT's "gaussian" and the paper's (Hu et al. 2021, section 4.1).
@@ -33,6 +33,7 @@ using Pattern = std::vector<std::pair<std::string, Value>>;
 /// ```
 class LoraConfig {
  public:
+  /// The method that it configures.
   using Method = LoRA;
 
   /// The rank of ΔW = s·B·A; at least 1.
@@ -68,8 +69,9 @@ class LoraConfig {
   TORCH_ARG(bool, fan_in_fan_out) = false;
   /// PEFT's note of the task, as "CAUSAL_LM"; it changes nothing here.
   TORCH_ARG(std::string, task_type);
-  /// PEFT's note of the base model and its revision; they change nothing here.
+  /// PEFT's note of the base model; it changes nothing here.
   TORCH_ARG(std::string, base_model_name_or_path);
+  /// PEFT's note of the base model's revision; it changes nothing here.
   TORCH_ARG(std::string, revision);
   /// PEFT's note of the Python classes, JSON text that is kept as it is.
   TORCH_ARG(std::string, auto_mapping);
@@ -84,6 +86,7 @@ class LoraConfig {
     target_if_ = std::move(predicate);
     return *this;
   }
+  /// The predicate, if there is one.
   const Targeting::Predicate& target_if() const noexcept { return target_if_; }
 
   /// target_if for the modules of a TorchScript model.
@@ -91,6 +94,7 @@ class LoraConfig {
     target_script_if_ = std::move(predicate);
     return *this;
   }
+  /// The predicate for TorchScript, if there is one.
   const Targeting::ScriptPredicate& target_script_if() const noexcept { return target_script_if_; }
 
   /// Declares the row ranges of a fused projection whose parts are not q, k and v in three equal thirds:
@@ -99,8 +103,10 @@ class LoraConfig {
     fused_parts_.emplace_back(name, std::move(parts));
     return *this;
   }
+  /// The declared row ranges.
   const Targeting::FusedParts& fused_parts() const noexcept { return fused_parts_; }
 
+  /// Where the adapter goes and what it has copies of.
   Targeting targeting() const {
     Targeting targeting;
     targeting.modules = target_modules();

@@ -29,8 +29,8 @@ LORA_NAMESPACE_BEGIN
 
 /// A named range of rows of a fused projection, for instance {"q", 768}; the ranges follow each other from row 0.
 struct FusedPart {
-  std::string name;
-  int64_t size = 0;
+  std::string name;  ///< As targets call it: "q".
+  int64_t size = 0;  ///< Rows.
 };
 
 /// The modules that an adapter goes into, in PEFT's three forms: a list of names, each the whole path of a module or
@@ -39,21 +39,27 @@ struct FusedPart {
 /// A name in a list may choose parts of a fused projection: "c_attn[q,v]".
 class TargetModules {
  public:
+  /// The forms; kNone: no targets.
   enum class Kind { kNone, kList, kRegex, kAllLinear };
 
+  /// One name of a list, or the regular expression.
   struct Entry {
-    std::string text;                // as the user wrote it: "c_attn[q,v]"
-    std::string name;                // "c_attn"
-    std::vector<std::string> parts;  // {"q", "v"}; empty: the whole weight
+    std::string text;                ///< As the user wrote it: "c_attn[q,v]".
+    std::string name;                ///< "c_attn".
+    std::vector<std::string> parts;  ///< {"q", "v"}; empty: the whole weight.
   };
 
   TargetModules() = default;
+  /// A list of names.
   TargetModules(std::initializer_list<std::string> names) : TargetModules(std::vector<std::string>(names)) {}
+  /// A list of names.
   TargetModules(const std::vector<std::string>& names) : kind_(Kind::kList) {  // NOLINT: implicit as TORCH_ARG wants
     for (const auto& name : names) entries_.push_back(parse(name));
   }
+  /// A regular expression, or "all-linear".
   TargetModules(const char* regex) : TargetModules(std::string(regex)) {}  // NOLINT
-  TargetModules(const std::string& regex) {                                // NOLINT
+  /// A regular expression, or "all-linear". Throws c10::ValueError for what Python would read differently.
+  TargetModules(const std::string& regex) {  // NOLINT
     std::string lower = regex;
     std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
     kind_ = lower == "all-linear" ? Kind::kAllLinear : Kind::kRegex;
@@ -61,8 +67,11 @@ class TargetModules {
     if (kind_ == Kind::kRegex) regex_ = std::make_shared<const detail::PythonRegex>(regex);
   }
 
+  /// The form.
   Kind kind() const noexcept { return kind_; }
+  /// Whether nothing is chosen.
   bool empty() const noexcept { return entries_.empty(); }
+  /// The names of a list, or the one expression.
   const std::vector<Entry>& entries() const noexcept { return entries_; }
 
   /// Whether `entry` names the module at `path`; "all-linear" is decided by the hosts, not by the path.
@@ -71,6 +80,7 @@ class TargetModules {
     return kind_ == Kind::kList && is_path_or_suffix(entry.name, path);
   }
 
+  /// Whether `name` is `path` or its end behind a dot.
   static bool is_path_or_suffix(const std::string& name, const std::string& path) {
     if (name.size() >= path.size()) return name == path;
     return path[path.size() - name.size() - 1] == '.' &&
@@ -113,13 +123,19 @@ template <class Value>
 class OneOrMore {
  public:
   OneOrMore() = default;
+  /// A value.
   template <class One, class = std::enable_if_t<std::is_convertible_v<One, Value>>>
   OneOrMore(One value) : values_{Value(std::move(value))} {}  // NOLINT: implicit as TORCH_ARG wants
+  /// A list.
   OneOrMore(std::initializer_list<Value> values) : values_(values), is_list_(true) {}
+  /// A list.
   OneOrMore(std::vector<Value> values) : values_(std::move(values)), is_list_(true) {}  // NOLINT
 
+  /// Whether there is no value.
   bool empty() const noexcept { return values_.empty(); }
+  /// Whether it was given as a list.
   bool is_list() const noexcept { return is_list_; }
+  /// The value or values.
   const std::vector<Value>& values() const noexcept { return values_; }
 
  private:
@@ -136,6 +152,7 @@ class LayerFilter {
     for (const auto& list : lists) lists_.emplace_back("(.*\\.)?(" + list + ")");
   }
 
+  /// Whether no layer is confined.
   bool empty() const noexcept { return indices_.empty(); }
 
   /// The same by PEFT's rule: without lists, it counts in lists below another module only.
@@ -176,7 +193,7 @@ class LayerFilter {
 
 /// Which biases of the model an adapter has copies of.
 enum class BiasCopies {
-  kNone,
+  kNone,         ///< Of none.
   kAll,          ///< Of every layer.
   kAdaptedOnly,  ///< Of the layers that the adapter updates: PEFT's "lora_only".
 };
@@ -185,17 +202,25 @@ enum class BiasCopies {
 /// name they are of the model's input embedding.
 class TokenIndices {
  public:
+  /// Rows of one embedding.
   using Tokens = std::vector<int64_t>;
 
   TokenIndices() = default;
+  /// Rows of the input embedding.
   TokenIndices(std::initializer_list<int64_t> tokens) : TokenIndices(Tokens(tokens)) {}
+  /// Rows of the input embedding.
   TokenIndices(Tokens tokens) : is_list_(true) { embeddings_.emplace_back("", std::move(tokens)); }  // NOLINT
+  /// Rows by embedding.
   TokenIndices(std::initializer_list<std::pair<std::string, Tokens>> embeddings) : embeddings_(embeddings) {}
+  /// Rows by embedding.
   TokenIndices(std::vector<std::pair<std::string, Tokens>> embeddings)  // NOLINT
       : embeddings_(std::move(embeddings)) {}
 
+  /// Whether there are no rows.
   bool empty() const noexcept { return embeddings_.empty(); }
+  /// Whether they are of the input embedding, without its name.
   bool is_list() const noexcept { return is_list_; }
+  /// The rows by embedding; of a list, under an empty name.
   const std::vector<std::pair<std::string, Tokens>>& embeddings() const noexcept { return embeddings_; }
 
  private:
@@ -205,20 +230,23 @@ class TokenIndices {
 
 /// Where an adapter goes and what it has copies of: the part of a configuration that all methods share.
 struct Targeting {
+  /// Whether to adapt a module.
   using Predicate = std::function<bool(const std::string& path, const torch::nn::Module& module)>;
+  /// The same in TorchScript.
   using ScriptPredicate = std::function<bool(const std::string& path, const torch::jit::Module& module)>;
+  /// Row ranges by the module's path or its end behind a dot.
   using FusedParts = std::vector<std::pair<std::string, std::vector<FusedPart>>>;
 
-  TargetModules modules;
-  TargetModules exclude;
-  Predicate predicate;
-  ScriptPredicate script_predicate;
-  FusedParts fused_parts;
-  LayerFilter layers;
-  BiasCopies bias = BiasCopies::kNone;
-  bool update_bias = false;  // the updates have a bias of their own
-  std::vector<std::string> modules_to_save;
-  TokenIndices tokens;
+  TargetModules modules;                     ///< By target_modules.
+  TargetModules exclude;                     ///< By exclude_modules.
+  Predicate predicate;                       ///< By target_if.
+  ScriptPredicate script_predicate;          ///< By target_script_if.
+  FusedParts fused_parts;                    ///< The declared row ranges.
+  LayerFilter layers;                        ///< By layers_to_transform with layers_pattern.
+  BiasCopies bias = BiasCopies::kNone;       ///< By bias.
+  bool update_bias = false;                  ///< Whether the updates have a bias of their own.
+  std::vector<std::string> modules_to_save;  ///< By modules_to_save.
+  TokenIndices tokens;                       ///< By trainable_token_indices.
 };
 
 LORA_NAMESPACE_END

@@ -13,16 +13,20 @@ LORA_NAMESPACE_BEGIN
 /// An operation that makes no sense in the state that the adapters are in now.
 class StateError : public c10::Error {
  public:
+  /// `message` says what was found, what was expected and what to do.
   explicit StateError(std::string message) : c10::Error(std::move(message)) {}
 };
 
 /// A file or directory that cannot be read or does not fit; it lists every problem found, not the first one only.
 class FormatError : public c10::Error {
  public:
+  /// All problems of the file or directory at `path`.
   FormatError(std::string path, std::vector<std::string> problems)
       : c10::Error(text(path, problems)), path_(std::move(path)), problems_(std::move(problems)) {}
 
+  /// The file or directory.
   const std::string& path() const noexcept { return path_; }
+  /// A line for each problem.
   const std::vector<std::string>& problems() const noexcept { return problems_; }
 
  private:

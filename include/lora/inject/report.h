@@ -14,23 +14,25 @@ LORA_NAMESPACE_BEGIN
 
 /// What an injection did: each entry of target_modules with the modules that it matched.
 struct InjectionReport {
+  /// An adapted module, or parameter that the adapter has a copy of.
   struct Module {
-    std::string path;
-    std::string parts;  // "[q,v]"; empty: the whole weight
-    int64_t out_features = 0;
-    int64_t in_features = 0;  // 0: a vector
-    int64_t parameters = 0;   // of the adapter on this module
+    std::string path;          ///< In the model.
+    std::string parts;         ///< "[q,v]"; empty: the whole weight.
+    int64_t out_features = 0;  ///< Rows of the matrix, or of the copy.
+    int64_t in_features = 0;   ///< 0: a vector.
+    int64_t parameters = 0;    ///< Of the adapter on this module.
   };
+  /// A target, or another option, with what it matched.
   struct Entry {
-    std::string target;
-    std::vector<Module> modules;
+    std::string target;           ///< As the configuration says it.
+    std::vector<Module> modules;  ///< In the model's order.
   };
 
-  std::string adapter;
-  std::vector<Entry> entries;
-  std::vector<std::string> notes;    // tied weights, modules left out: what the user would want to know
-  int64_t trainable_parameters = 0;  // of the model, all trainable adapters together
-  int64_t total_parameters = 0;      // of the model with its adapters
+  std::string adapter;               ///< Its name.
+  std::vector<Entry> entries;        ///< In the order of the configuration.
+  std::vector<std::string> notes;    ///< Tied weights, modules left out: what the user would want to know.
+  int64_t trainable_parameters = 0;  ///< Of the model, all trainable adapters together.
+  int64_t total_parameters = 0;      ///< Of the model with its adapters.
 };
 
 namespace detail {
@@ -48,6 +50,7 @@ inline std::string without_numbers(const std::string& path) {
 
 }  // namespace detail
 
+/// A line for each target, and for each kind of module that it matched.
 inline std::ostream& operator<<(std::ostream& out, const InjectionReport& report) {
   out << "adapter \"" << report.adapter << "\"\n";
   for (const auto& entry : report.entries) {

@@ -20,11 +20,14 @@ LORA_NAMESPACE_BEGIN
 
 /// What verify() found.
 struct VerifyReport {
-  bool output_changes = false;            // the adapters reach the output
-  std::vector<std::string> dead_targets;  // tensors that the output does not depend on
+  bool output_changes = false;            ///< The adapters reach the output.
+  std::vector<std::string> dead_targets;  ///< Tensors that the output does not depend on.
+
+  /// Whether every adapter is reached.
   bool ok() const { return output_changes && dead_targets.empty(); }
 };
 
+/// A line, and one more for each tensor that no gradient reaches.
 inline std::ostream& operator<<(std::ostream& out, const VerifyReport& report) {
   out << (report.output_changes ? "the adapters change the output" : "the adapters do not change the output");
   for (const auto& target : report.dead_targets) out << "\n  no gradient reaches " << target;

@@ -19,10 +19,10 @@ class SaveCheckpointOptions {
   /// The most bytes of tensors in one file; a larger tensor gets a file of its own. Hugging Face's default.
   TORCH_ARG(int64_t, max_shard_bytes) = 5'000'000'000;
 
-  /// Tensors that are left out, with the names of the equal ones that stand for them, such as
-  /// {"lm_head.weight", "transformer.wte.weight"}: where a model ties the two, transformers ties them again. Without it
-  /// both are written, which transformers reads alike.
+  /// Names of tensors with those of the equal ones that stand for them.
   using Tied = std::map<std::string, std::string>;
+  /// Tensors that are left out, such as {"lm_head.weight", "transformer.wte.weight"}: where a model ties the two,
+  /// transformers ties them again. Without it both are written, which transformers reads alike.
   TORCH_ARG(Tied, tied);
 };
 

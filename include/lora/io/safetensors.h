@@ -26,8 +26,8 @@ LORA_NAMESPACE_BEGIN
 
 /// What a safetensors file holds: tensors by name, and free text by name ("format": "pt" in files that PyTorch wrote).
 struct SafetensorsFile {
-  std::map<std::string, torch::Tensor> tensors;
-  std::map<std::string, std::string> metadata;
+  std::map<std::string, torch::Tensor> tensors;  ///< By name.
+  std::map<std::string, std::string> metadata;   ///< Free text by name.
 };
 
 namespace detail {

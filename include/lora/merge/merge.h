@@ -34,8 +34,10 @@ class MergeOptions {
 
 /// What a merge takes, or took.
 struct MergeReport {
-  int64_t weights = 0;  // parameters that are replaced
-  int64_t bytes = 0;    // of memory on top: second copies until unmerge(), or the largest W′ while it is put in place
+  /// Parameters that are replaced.
+  int64_t weights = 0;
+  /// Of memory on top: second copies until unmerge(), or the largest W′ while it is put in place.
+  int64_t bytes = 0;
 };
 
 namespace detail {

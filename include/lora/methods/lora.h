@@ -25,7 +25,9 @@ class LoraUpdate final : public Update {
 
   int64_t in_features() const override { return A_.size(1); }
   int64_t out_features() const override { return B_.size(0); }
+  /// r.
   int64_t rank() const { return A_.size(0); }
+  /// s.
   double scaling() const { return scaling_; }
 
   std::vector<UpdateTensor> tensors() const override {
@@ -72,8 +74,10 @@ class LoraUpdate final : public Update {
 /// The method LoRA with its configuration.
 class LoRA final : public Method {
  public:
+  /// Its configuration's type.
   using Config = LoraConfig;
 
+  /// Throws c10::ValueError for a configuration out of range.
   explicit LoRA(LoraConfig config) : config_(std::move(config)) {
     config_.validate();
     targeting_ = config_.targeting();
@@ -81,6 +85,7 @@ class LoRA final : public Method {
     for (const auto& [pattern, alpha] : config_.alpha_pattern()) alphas_.emplace_back(path_regex(pattern), alpha);
   }
 
+  /// As it was given.
   const LoraConfig& config() const noexcept { return config_; }
 
   const char* peft_type() const override { return "LORA"; }
@@ -91,11 +96,13 @@ class LoRA final : public Method {
     return config_.autocast_adapter_dtype() ? accumulation_dtype(base) : base;
   }
 
-  /// For a weight by any of its paths.
+  /// r of a weight by any of its paths.
   int64_t rank(const std::vector<std::string>& names) const { return first_match(ranks_, names, config_.r()); }
+  /// lora_alpha of a weight by any of its paths.
   double alpha(const std::vector<std::string>& names) const {
     return first_match(alphas_, names, config_.lora_alpha());
   }
+  /// s of a weight by any of its paths.
   double scaling(const std::vector<std::string>& names) const {
     const auto rank = static_cast<double>(this->rank(names));
     return alpha(names) / (config_.use_rslora() ? std::sqrt(rank) : rank);

@@ -17,17 +17,17 @@ LORA_NAMESPACE_BEGIN
 
 /// A rectangle of a matrix: rows [row, row + rows), columns [column, column + columns).
 struct Block {
-  int64_t row = 0;
-  int64_t rows = 0;
-  int64_t column = 0;
-  int64_t columns = 0;
+  int64_t row = 0;      ///< The first row.
+  int64_t rows = 0;     ///< Their number.
+  int64_t column = 0;   ///< The first column.
+  int64_t columns = 0;  ///< Their number.
 };
 
 /// An update as scaling · B · A with A [r, in] and B [out, r]: the form in which it is merged.
 struct LowRank {
-  at::Tensor A;
-  at::Tensor B;
-  double scaling = 1;
+  at::Tensor A;        ///< [r, in]
+  at::Tensor B;        ///< [out, r]
+  double scaling = 1;  ///< On the product.
 };
 
 /// What a tensor of an adapter is to an optimizer.
@@ -41,9 +41,9 @@ enum class TensorRole {
 
 /// A tensor of an adapter under its own name, as "lora_A".
 struct UpdateTensor {
-  std::string name;
-  at::Tensor tensor;
-  TensorRole role;
+  std::string name;   ///< Below the adapter's node.
+  at::Tensor tensor;  ///< The tensor itself, no copy.
+  TensorRole role;    ///< What it is to an optimizer.
 };
 
 /// ΔW [out, in] of one adapter on one weight, or on one row range of it.
@@ -51,7 +51,9 @@ class Update {
  public:
   virtual ~Update() = default;
 
+  /// Columns of ΔW.
   virtual int64_t in_features() const = 0;
+  /// Rows of ΔW.
   virtual int64_t out_features() const = 0;
 
   /// The trainable tensors, in a fixed order; they stay the same tensors for the life of the update.
@@ -79,12 +81,12 @@ class Update {
 /// What an update is made for: ΔW [out_features, in_features] of the weight with these paths, tensors as `options`
 /// says.
 struct UpdateSpec {
-  std::vector<std::string> names;
-  int64_t in_features = 0;
-  int64_t out_features = 0;
-  at::TensorOptions options;
-  bool initialise = true;  // false: the caller fills the tensors, and no random number is drawn
-  bool embedding = false;  // an update of a lookup table: a column of ΔW for each entry
+  std::vector<std::string> names;  ///< The weight's paths.
+  int64_t in_features = 0;         ///< Columns of ΔW.
+  int64_t out_features = 0;        ///< Rows of ΔW.
+  at::TensorOptions options;       ///< Dtype and device of the tensors.
+  bool initialise = true;          ///< False: the caller fills the tensors, and no random number is drawn.
+  bool embedding = false;          ///< An update of a lookup table: a column of ΔW for each entry.
 };
 
 /// A method with its configuration: it makes the updates of one adapter.

@@ -27,6 +27,7 @@ class LoraPlusOptions {
     overrides_.emplace_back(name, value);
     return *this;
   }
+  /// The rates by name, in the order in which they were set.
   const std::vector<std::pair<std::string, double>>& overrides() const noexcept { return overrides_; }
 
  private:

@@ -29,6 +29,7 @@ inline const char* schedule_name(ScheduleType type) {
 /// Options of a Schedule.
 class ScheduleOptions {
  public:
+  /// How the learning rate goes on after the warm-up.
   TORCH_ARG(ScheduleType, type) = ScheduleType::kConstant;
   /// Steps of linear warm-up; step 0 has the learning rate 0 then.
   TORCH_ARG(int64_t, warmup_steps) = 0;
@@ -78,6 +79,7 @@ inline double schedule_factor(const ScheduleOptions& options, int64_t step) {
 /// after every optimizer.step(). The optimizer has to outlive it.
 class Schedule {
  public:
+  /// Sets the learning rates of step 0.
   Schedule(torch::optim::Optimizer& optimizer, const ScheduleOptions& options)
       : optimizer_(&optimizer), options_(options) {
     options_.validate();
@@ -101,7 +103,9 @@ class Schedule {
     step_ = step;
   }
 
+  /// The optimizer whose learning rates it sets.
   const torch::optim::Optimizer& optimizer() const noexcept { return *optimizer_; }
+  /// As they were given.
   const ScheduleOptions& options() const noexcept { return options_; }
   /// The step whose learning rates are set: the number of calls of step().
   int64_t current_step() const noexcept { return step_; }
