@@ -20,3 +20,8 @@ if(LORA_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   # Without this setting files that use a precompiled header are never found again.
   set(CMAKE_CXX_COMPILER_LAUNCHER "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros "${LORA_CCACHE}")
 endif()
+
+# The API reference: cmake --build --preset release --target docs
+add_custom_target(docs COMMAND "${CMAKE_COMMAND}" -D "LORA_DEPS_DIR=${LORA_DEPS_DIR}"
+                               -P "${PROJECT_SOURCE_DIR}/cmake/LoraDocs.cmake"
+                  USES_TERMINAL VERBATIM COMMENT "Building the API reference")
