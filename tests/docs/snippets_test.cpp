@@ -232,9 +232,8 @@ TEST_F(Snippet, OfMigratingFromPeft) {
     adapters.unload();
   }
   auto adapters = lora::inject(*model, lora::LoraConfig().r(2).target_modules({"wte", "q_proj"}));
-  torch::optim::AdamW optimizer(lora::param_groups(
-      adapters, torch::optim::AdamWOptions(2e-4).weight_decay(0),
-      lora::LoraPlusOptions().lr_ratio(16).lr("lora_embedding_A", 1e-6).lr("lora_embedding_B", 1e-6)));
+  torch::optim::AdamW optimizer(lora::param_groups(adapters, torch::optim::AdamWOptions(2e-4).weight_decay(0),
+                                                   lora::LoraPlusOptions().lr_ratio(16).lr_embedding(1e-6)));
   EXPECT_EQ(optimizer.param_groups().size(), 3U);
 }
 

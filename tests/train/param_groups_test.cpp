@@ -7,9 +7,13 @@
 #include <torch/optim/sgd.h>
 
 #include <cmath>
+#include <map>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <string>
+#include <tuple>
 
+#include "harness/temp_folder.h"
 #include "oracles/models.h"
 
 namespace {
@@ -75,6 +79,71 @@ TEST(ParamGroups, RefuseWhatWouldDoNothing) {
   EXPECT_THAT(with(lora::LoraPlusOptions().lr("lora_A", -1)), ThrowsMessage<c10::ValueError>(HasSubstr("rate -1")));
   adapters.set_trainable({});
   EXPECT_THAT(with({}), ThrowsMessage<c10::ValueError>(HasSubstr("no trainable tensor")));
+}
+
+/// Learning rate, weight decay and tensors of each group, those without a tensor left out.
+using GroupTable = std::multiset<std::tuple<double, double, std::set<std::string>>>;
+
+GroupTable found_groups(torch::nn::Module& model, const lora::LoraConfig& config) {
+  auto adapters = lora::inject(model, config);
+  const auto options = torch::optim::AdamWOptions(1e-3).weight_decay(0.01);
+  const auto plus = lora::LoraPlusOptions().lr_ratio(16).lr_embedding(1e-6);
+  GroupTable table;
+  for (const auto& group : lora::param_groups(adapters, options, plus)) {
+    std::set<std::string> names;
+    for (const auto& [name, tensor] : adapters.named_parameters()) {
+      for (const auto& member : group.params()) {
+        if (member.is_same(tensor)) names.insert(name);
+      }
+    }
+    const auto& found = static_cast<const torch::optim::AdamWOptions&>(group.options());
+    table.emplace(found.lr(), found.weight_decay(), names);
+  }
+  adapters.unload();
+  return table;
+}
+
+/// tests/golden/loraplus_groups.json, by PEFT's create_loraplus_optimizer.
+GroupTable pefts_groups(const std::string& name) {
+  const auto json = nlohmann::json::parse(read_bytes(LORA_SOURCE_DIR "/tests/golden/loraplus_groups.json"));
+  const std::map<std::string, std::string> ours{{"fc.lora_A.default.weight", "fc.lora_default.lora_A"},
+                                                {"fc.lora_B.default.weight", "fc.lora_default.lora_B"},
+                                                {"fc.lora_B.default.bias", "fc.lora_default.lora_B_bias"},
+                                                {"wte.lora_embedding_A.default", "wte.lora_default.lora_embedding_A"},
+                                                {"wte.lora_embedding_B.default", "wte.lora_default.lora_embedding_B"}};
+  GroupTable table;
+  for (const auto& group : json.at(name)) {
+    std::set<std::string> names;
+    for (const auto& parameter : group.at("parameters")) names.insert(ours.at(parameter));
+    if (!names.empty()) table.emplace(group.at("lr"), group.at("weight_decay"), names);
+  }
+  return table;
+}
+
+TEST(ParamGroups, AreThoseOfPeftsLoraPlus) {
+  struct Model : torch::nn::Module {
+    Model() {
+      register_module("wte", torch::nn::Embedding(11, 6));
+      register_module("fc", torch::nn::Linear(6, 4));
+    }
+  } model;
+  const auto config = lora::LoraConfig().r(2);
+  EXPECT_EQ(found_groups(model, lora::LoraConfig(config).target_modules({"wte", "fc"})), pefts_groups("embedding"));
+  EXPECT_EQ(found_groups(model, lora::LoraConfig(config).target_modules({"fc"}).lora_bias(true)),
+            pefts_groups("lora_bias"));
+}
+
+TEST(ParamGroups, PullNoVectorToZero) {
+  struct Model : torch::nn::Module {
+    Model() {
+      register_module("norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({6})));
+      register_module("fc", torch::nn::Linear(6, 4));
+    }
+  } model;
+  const auto config = lora::LoraConfig().r(2).target_modules({"fc"}).modules_to_save({"norm"});
+  for (const auto& [lr, decay, names] : found_groups(model, config)) {
+    EXPECT_EQ(decay, names.count("norm.lora_default.weight") != 0 ? 0 : 0.01) << *names.begin();
+  }
 }
 
 struct Step {

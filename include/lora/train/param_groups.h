@@ -6,10 +6,11 @@
 #include <torch/arg.h>
 #include <torch/optim/optimizer.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -20,6 +21,8 @@ class LoraPlusOptions {
  public:
   /// The learning rate of B over that of A; 1 is plain LoRA, the paper suggests 16.
   TORCH_ARG(double, lr_ratio) = 1;
+  /// The learning rate of the factors of embeddings, whose A is zero at the start; none: that of A. PEFT's is 1e-6.
+  TORCH_ARG(std::optional<double>, lr_embedding);
 
  public:
   /// Sets the learning rate of the tensors whose name in named_parameters(), or its end behind a dot, is `name`.
@@ -34,8 +37,21 @@ class LoraPlusOptions {
   std::vector<std::pair<std::string, double>> overrides_;
 };
 
+namespace detail {
+
+/// Vectors, as biases and gains, are not to be pulled to zero.
+template <class Options>
+auto leave_out_decay(Options& options, int) -> decltype(options.weight_decay(0.0), void()) {
+  options.weight_decay(0.0);
+}
+template <class Options>
+void leave_out_decay(Options&, long) {}
+
+}  // namespace detail
+
 /// Parameter groups of the given tensors, named by their paths, for any of LibTorch's optimizers; none is empty, and
-/// they keep the tensors' order. Every group carries all of `options`, which LibTorch would otherwise forget.
+/// they keep the tensors' order. Every group carries all of `options`, which LibTorch would otherwise forget, but no
+/// weight decay where its tensors are vectors.
 ///
 /// Throws c10::ValueError for a ratio or learning rate out of range and for an override that names no tensor.
 template <class Options>
@@ -44,10 +60,22 @@ std::vector<torch::optim::OptimizerParamGroup> param_groups(const std::vector<Up
   TORCH_CHECK_VALUE(std::isfinite(plus.lr_ratio()) && plus.lr_ratio() > 0,
                     "[lora::param_groups] found lr_ratio = ", plus.lr_ratio(), ", expected a positive number");
   const double base_lr = std::make_unique<Options>(options)->get_lr();
+  TORCH_CHECK_VALUE(!plus.lr_embedding() || *plus.lr_embedding() >= 0,
+                    "[lora::param_groups] found lr_embedding = ", plus.lr_embedding().value_or(0),
+                    ", expected none below 0");
+  struct Group {
+    double lr;
+    bool decays;
+    std::vector<at::Tensor> members;
+  };
+  const auto rate = [&](const UpdateTensor& parameter) {
+    if (parameter.role == TensorRole::kOutput) return base_lr * plus.lr_ratio();
+    return parameter.role == TensorRole::kEmbedding ? plus.lr_embedding().value_or(base_lr) : base_lr;
+  };
   std::vector<bool> used(plus.overrides().size(), false);
-  std::vector<std::pair<double, std::vector<at::Tensor>>> groups;
+  std::vector<Group> groups;
   for (const auto& parameter : tensors) {
-    double lr = parameter.role == TensorRole::kOutput ? base_lr * plus.lr_ratio() : base_lr;
+    double lr = rate(parameter);
     for (size_t i = 0; i < used.size(); ++i) {
       if (!TargetModules::is_path_or_suffix(plus.overrides()[i].first, parameter.name)) continue;
       lr = plus.overrides()[i].second;
@@ -55,10 +83,11 @@ std::vector<torch::optim::OptimizerParamGroup> param_groups(const std::vector<Up
     }
     TORCH_CHECK_VALUE(lr >= 0, "[lora::param_groups] found the learning rate ", lr, ", expected none below 0 for ",
                       parameter.name);
-    auto group = groups.begin();
-    while (group != groups.end() && group->first != lr) ++group;
-    if (group == groups.end()) group = groups.insert(groups.end(), {lr, {}});
-    group->second.push_back(parameter.tensor);
+    const bool decays = parameter.tensor.dim() > 1;
+    auto group = std::find_if(groups.begin(), groups.end(),
+                              [&](const Group& known) { return known.lr == lr && known.decays == decays; });
+    if (group == groups.end()) group = groups.insert(groups.end(), {lr, decays, {}});
+    group->members.push_back(parameter.tensor);
   }
   for (size_t i = 0; i < used.size(); ++i) {
     TORCH_CHECK_VALUE(used[i], "[lora::param_groups] found a learning rate for \"", plus.overrides()[i].first,
@@ -69,10 +98,11 @@ std::vector<torch::optim::OptimizerParamGroup> param_groups(const std::vector<Up
                     "set_trainable first");
 
   std::vector<torch::optim::OptimizerParamGroup> result;
-  for (auto& [lr, members] : groups) {
+  for (auto& group : groups) {
     auto group_options = std::make_unique<Options>(options);
-    group_options->set_lr(lr);
-    result.emplace_back(std::move(members), std::move(group_options));
+    group_options->set_lr(group.lr);
+    if (!group.decays) detail::leave_out_decay(*group_options, 0);
+    result.emplace_back(std::move(group.members), std::move(group_options));
   }
   return result;
 }
