@@ -7,7 +7,9 @@
 #include <torch/optim/sgd.h>
 
 #include <functional>
+#include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <string>
 
 #include "harness/models.h"
@@ -262,7 +264,6 @@ TEST(UpdateBias, OfALayerWithoutABiasMergesIntoOneOfItsOwn) {
   torch::manual_seed(5);
   Mlp mlp;  // down has no bias
   mlp->to(at::kDouble);
-  const auto plain = mlp->down->bias;
   auto adapters = lora::inject(*mlp, LoraConfig().r(2).lora_alpha(3).target_modules({"down"}).lora_bias(true));
   harness::fill(adapters);
   const auto x = harness::normal({5, 12}, 1);
@@ -279,9 +280,13 @@ TEST(UpdateBias, OfALayerWithoutABiasMergesIntoOneOfItsOwn) {
   adapters.merge();
   EXPECT_LT(harness::largest(mlp->forward(x) - expected), 1e-6);
   adapters.unmerge();
-  adapters.unload();
-  EXPECT_FALSE(mlp->down->bias.defined());
-  EXPECT_EQ(plain.defined(), mlp->down->bias.defined());
+  adapters.merge_and_unload();
+  EXPECT_LT(harness::largest(mlp->forward(x) - expected), 1e-6);
+  EXPECT_TRUE(mlp->named_parameters()["down.bias"].requires_grad()) << "as the weight beside it";
+
+  Mlp other;
+  lora::inject(*other, LoraConfig().r(2).target_modules({"down"}).lora_bias(true)).unload();
+  EXPECT_FALSE(other->down->bias.defined());
 }
 
 TEST(UpdateBias, NeedsALayerThatCanHaveOne) {
@@ -345,6 +350,53 @@ TEST(Files, EmbeddingsThatPeftSavedWholeAreTakenOrPassedOver) {
   EXPECT_TRUE(at::equal(reader->forward(ids()), y));
   loaded.merge();
   EXPECT_TRUE(at::allclose(other->forward(ids()), y, 1e-5, 1e-6));
+}
+
+TEST(Files, AMappedAdapterKeepsTheRankAndAlphaOfItsOldNames) {
+  auto reader = make_reader();
+  const TempFolder folder;
+  auto adapters = lora::inject(*reader, config().rank_pattern({{"h.1.mix", 5}}).alpha_pattern({{"h.0.mix", 11}}));
+  harness::fill(adapters);
+  adapters.save(folder.path());
+  const auto y = reader->forward(ids());
+  std::map<std::string, at::Tensor> renamed;
+  for (const auto& [key, tensor] : lora::load_safetensors(folder / "adapter_model.safetensors")) {
+    auto name = key;
+    name.replace(name.find("model.h."), 8, "model.blocks.");
+    renamed[name] = tensor;
+  }
+  auto written = nlohmann::json::parse(read_bytes(folder / "adapter_config.json"));
+  for (const auto* key : {"rank_pattern", "alpha_pattern"}) {
+    auto patterns = nlohmann::json::object();
+    for (const auto& [pattern, value] : written[key].items()) patterns["blocks" + pattern.substr(1)] = value;
+    written[key] = patterns;
+  }
+  lora::save_safetensors(renamed, folder / "adapter_model.safetensors");
+  write_bytes(folder / "adapter_config.json", written.dump());
+  auto mapped = make_reader();
+  EXPECT_THROW(lora::load(*mapped, folder.path()), lora::FormatError);
+  lora::load(*mapped, folder.path(), "default", lora::LoadOptions().key_mapping({{"^blocks", "h"}}));
+  EXPECT_TRUE(at::equal(mapped->forward(ids()), y));
+}
+
+TEST(Files, AnUpdateThatTheFileMayLackIsANewOne) {
+  auto reader = make_reader();
+  const TempFolder folder;
+  auto adapters = lora::inject(*reader, config());
+  harness::fill(adapters);
+  adapters.save(folder.path());
+  auto tensors = lora::load_safetensors(folder / "adapter_model.safetensors");
+  for (const auto* key : {"lora_A", "lora_B"})
+    tensors.erase("base_model.model.h.0.mix." + std::string(key) + ".weight");
+  lora::save_safetensors(tensors, folder / "adapter_model.safetensors");
+  auto other = make_reader();
+  auto loaded = lora::load(*other, folder.path(), "default", lora::LoadOptions().may_lack({"h.0.mix"}));
+  loaded.set_trainable({"default"});
+  other->forward(ids()).sum().backward();
+  const auto first = loaded.named_parameters();
+  EXPECT_GT(harness::largest(first[0].second), 0) << "A is drawn";
+  EXPECT_EQ(harness::largest(first[1].second), 0) << "B is zero";
+  EXPECT_GT(harness::largest(first[1].second.grad()), 0) << "and trains";
 }
 
 TEST(Files, LenienceIsByNameAndNamesCanBeMapped) {

@@ -272,9 +272,10 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     if (base.defined() && !site.may_be_tied) {
       base.set_data(merged);
     } else {
+      const auto flagged = base.defined() ? base : weight_beside(site).base();  // whose requires_grad it gets
       base = merged;
       site.host->set_parameter(base);
-      untied_.emplace_back(base, site.weight->base());
+      untied_.emplace_back(base, flagged);
     }
     site.host->set_weight(base);
     replaced_.insert(index);
@@ -403,9 +404,13 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
 
   /// What the bias of a layer without one counts as.
   at::Tensor absent_bias(const Site& bias) const {
+    const auto& weight = weight_beside(bias);
+    return at::zeros({weight.base_matrix().size(0)}, weight.base().options().requires_grad(false));
+  }
+
+  const Site& weight_beside(const Site& bias) const {
     for (const auto& site : model_.sites) {
-      if (site.module_path != bias.module_path || !site.takes_updates()) continue;
-      return at::zeros({site.base_matrix().size(0)}, site.base().options().requires_grad(false));
+      if (site.module_path == bias.module_path && site.takes_updates()) return site;
     }
     throw StateError("[lora::inject] found no weight beside " + bias.parameter_path() + ", expected one");
   }

@@ -21,8 +21,8 @@ class LoadOptions {
   ///
   /// Example: `lora::LoadOptions().key_mapping({{"^model\\.layers", "decoder.blocks"}})`.
   TORCH_ARG(KeyMapping, key_mapping);
-  /// Tensors that the file may lack: modules, by path or its end behind a dot, whose values then stay those of a new
-  /// adapter (ΔW = 0) or of the base.
+  /// Tensors that the file may lack: modules, by path or its end behind a dot, whose values are then those of a new
+  /// adapter (ΔW = 0, A drawn at random) or of the base.
   TORCH_ARG(TargetModules, may_lack);
   /// Tensors of the file that may be left out: modules of the file, after key_mapping, named as in may_lack.
   TORCH_ARG(TargetModules, may_ignore);

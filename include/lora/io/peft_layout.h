@@ -3,6 +3,7 @@
 #include <lora/inject/site.h>
 #include <lora/version.h>
 
+#include <cctype>
 #include <cmath>
 #include <cstdint>
 #include <set>
@@ -25,6 +26,15 @@ inline constexpr const char* kScalingKeys[] = {"r", "lora_alpha", "use_rslora", 
 
 /// Whether two scalings are equal but for the rounding of their computation.
 inline bool same(double a, double b) { return std::abs(a - b) <= 1e-12 * std::abs(a); }
+
+/// A path as a regular expression that matches nothing else.
+inline std::string escaped(const std::string& path) {
+  std::string result;
+  for (const char c : path) {
+    result += (std::isalnum(static_cast<unsigned char>(c)) || c == '_' ? "" : "\\") + std::string(1, c);
+  }
+  return result;
+}
 
 /// PEFT's keys, without their prefix, for what one adapter has on the sites of a model.
 class PeftKeys {

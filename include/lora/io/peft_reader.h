@@ -47,6 +47,7 @@ class PeftReader {
       config = read_method(parse_object(own->second, files_.tensor_path), files_.tensor_path)->config();
       config.lora_dropout(stored_->config().lora_dropout());  // which a user may edit beside the tensors
     }
+    if (!options_.key_mapping().empty()) choose_by_tensors(config);
     return prepare(config);
   }
 
@@ -149,18 +150,29 @@ class PeftReader {
       }
       if (embeddings.size() == 1) resolved_tokens_ = embeddings;
     }
-    if (!options_.key_mapping().empty()) config.target_modules(targets_of_tensors());
-    if (!options_.key_mapping().empty()) {
-      config.exclude_modules({}).layers_to_transform({}).layers_pattern({});
-    }
   }
 
-  std::vector<std::string> targets_of_tensors() const {
+  /// Names in a configuration are those of the file's model: with a mapping, the modules that the tensors name are the
+  /// targets, each with the rank and alpha of its old name.
+  void choose_by_tensors(LoraConfig& config) {
     std::vector<std::string> paths;
-    for (const auto& site : adapters_.sites()) {
-      if (site.takes_updates() && files_.tensors.count(PeftKeys::A(site)) != 0) paths.push_back(site.path);
+    Pattern<int64_t> ranks;
+    Pattern<double> alphas;
+    for (const auto& target : adapters_.sites()) {
+      const auto* A = target.takes_updates() ? find(PeftKeys::A(target)) : nullptr;
+      if (A == nullptr) continue;
+      paths.push_back(target.path);
+      auto old_name = A->key.substr(std::string(kPeftPrefix).size());
+      old_name.resize(old_name.rfind(".lora_"));
+      const auto attention = old_name.rfind(".base_layer.");
+      if (attention != std::string::npos) old_name.resize(attention);
+      const auto pattern = "^" + escaped(peft_module(target));
+      ranks.emplace_back(pattern, stored_->rank({old_name}));
+      alphas.emplace_back(pattern, stored_->alpha({old_name}));
     }
-    return paths;
+    config.target_modules(paths).exclude_modules({}).layers_to_transform({}).layers_pattern({});
+    config.rank_pattern(ranks).alpha_pattern(alphas);
+    stored_ = std::make_shared<const LoRA>(config);
   }
 
   Plan make_plan() {
@@ -388,7 +400,15 @@ class PeftReader {
   /// Takes the stacked factors of stack_parts apart again.
   void fill_updates(const Site& target, WeightAdapter& adapter) {
     const auto *A = find(PeftKeys::A(target)), *B = find(PeftKeys::B(target));
-    if (A == nullptr || B == nullptr) return;
+    if (A == nullptr || B == nullptr) {  // allowed by name
+      const auto base = target.base_matrix();
+      for (auto& part : adapter.parts) {
+        const auto options = part.update->low_rank().A.options().requires_grad(false);
+        part.update = method_->create({names_of(target), base.size(1), part.update->out_features(), options,
+                                       /*initialise=*/true, target.layout == WeightLayout::kTable});
+      }
+      return;
+    }
     const auto rows = A->tensor.flatten(1);
     auto rest = B->tensor.flatten(1).clone();
     int64_t done = 0;

@@ -293,13 +293,6 @@ class PeftWriter {
     return json;
   }
 
-  static std::string escaped(const std::string& path) {
-    std::string result;
-    for (const char c : path)
-      result += (std::isalnum(static_cast<unsigned char>(c)) || c == '_' ? "" : "\\") + std::string(1, c);
-    return result;
-  }
-
   const ModelAdapters& adapters_;
   std::string name_;
   std::shared_ptr<const LoRA> method_;

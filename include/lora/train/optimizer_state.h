@@ -35,7 +35,7 @@ class OptimizerState {
  public:
   /// What load() takes: made and checked before anything changes.
   struct Prepared {
-    torch::serialize::InputArchive archive;
+    std::shared_ptr<torch::serialize::InputArchive> archive;  // its copy constructor takes no constant
     int64_t step = 0;
   };
 
@@ -128,7 +128,7 @@ class OptimizerState {
     archive.write("pytorch_version", c10::IValue("1.5.0"));
     archive.write("state", states);
     archive.write("param_groups", groups);
-    return {reopened(archive), step};
+    return {std::make_shared<torch::serialize::InputArchive>(reopened(archive)), step};
   }
 
   /// Replaces every state, the options of every group and the schedule's step. On an exception they are as before.
@@ -136,7 +136,7 @@ class OptimizerState {
     auto before = std::move(optimizer_.state());
     optimizer_.state().clear();
     try {
-      optimizer_.load(prepared.archive);
+      optimizer_.load(*prepared.archive);
     } catch (...) {
       optimizer_.state() = std::move(before);
       throw;
