@@ -14,6 +14,7 @@
 #include <lora/io/torch_pickle.h>            // defines: load_torch_pickle, save_torch_pickle
 #include <lora/lora_linear.h>                // defines: LoRALinear
 #include <lora/merge/merge.h>                // defines: MergeReport
+#include <lora/merge_checkpoint.h>           // defines: check_checkpoint, merge_checkpoint, MergeCheckpointOptions
 #include <lora/train/param_groups.h>         // defines: LoraPlusOptions
 #include <lora/train/schedule.h>             // defines: Schedule, ScheduleOptions, ScheduleType, schedule_factor
 #include <lora/training_state.h>             // defines: TrainingState

@@ -31,14 +31,19 @@ namespace detail {
 /// touched.
 class PeftReader {
  public:
-  PeftReader(const ModelAdapters& adapters, std::string name, LoadOptions options)
-      : adapters_(adapters), name_(std::move(name)), options_(std::move(options)) {
+  /// `problems`: what was found wrong with the files where the caller has read them.
+  PeftReader(const ModelAdapters& adapters, std::string name, LoadOptions options,
+             std::vector<std::string> problems = {})
+      : adapters_(adapters), name_(std::move(name)), options_(std::move(options)), problems_(std::move(problems)) {
     adapters_.check_name(name_);
   }
 
   /// A PEFT directory.
   PreparedAdapter read(const std::string& directory) {
-    files_ = read_peft_directory(directory, options_, problems_);
+    return read(read_peft_directory(directory, options_, problems_));
+  }
+  PreparedAdapter read(AdapterFiles files) {
+    files_ = std::move(files);
     stored_ = read_method(files_.config, files_.config_path);
     check_scaling();
     auto config = stored_->config();
@@ -53,8 +58,11 @@ class PeftReader {
 
   /// A file of tensors alone, by the caller's configuration.
   PreparedAdapter read(const std::string& path, const LoraConfig& config) {
+    return read(read_adapter_file(path, options_, problems_), config);
+  }
+  PreparedAdapter read(AdapterFiles files, const LoraConfig& config) {
     stored_ = std::make_shared<const LoRA>(config);
-    files_ = read_adapter_file(path, options_, problems_);
+    files_ = std::move(files);
     return prepare(config);
   }
 
