@@ -10,6 +10,8 @@
 #include <lora/inject/verify.h>              // defines: VerifyReport
 #include <lora/io/checkpoint.h>              // defines: load_checkpoint, save_checkpoint, SaveCheckpointOptions
 #include <lora/io/checksum.h>                // defines: add_checksums, check_checksums
+#include <lora/io/convert_adapter.h>         // defines: convert_adapter, AdapterFormat, ConvertAdapterOptions
+#include <lora/io/describe_adapter.h>        // defines: describe_adapter, AdapterDescription
 #include <lora/io/safetensors.h>             // defines: load_safetensors, save_safetensors, SafetensorsFile
 #include <lora/io/torch_pickle.h>            // defines: load_torch_pickle, save_torch_pickle
 #include <lora/lora_linear.h>                // defines: LoRALinear

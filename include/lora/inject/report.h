@@ -2,6 +2,7 @@
 
 #include <lora/version.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <ostream>
@@ -48,10 +49,8 @@ inline std::string without_numbers(const std::string& path) {
   return result;
 }
 
-}  // namespace detail
-
-/// A line for each target, and for each kind of module that it matched.
-inline std::ostream& operator<<(std::ostream& out, const InjectionReport& report) {
+/// The entries and the notes.
+inline void print_adapter(std::ostream& out, const InjectionReport& report) {
   out << "adapter \"" << report.adapter << "\"\n";
   for (const auto& entry : report.entries) {
     std::vector<std::pair<std::string, int64_t>> lines;
@@ -60,14 +59,23 @@ inline std::ostream& operator<<(std::ostream& out, const InjectionReport& report
       line << detail::without_numbers(module.path) << module.parts << "  [" << module.out_features;
       if (module.in_features > 0) line << ", " << module.in_features;
       line << "]  " << module.parameters << " parameters each";
-      if (lines.empty() || lines.back().first != line.str()) lines.emplace_back(line.str(), 0);
-      ++lines.back().second;
+      const auto text = line.str();
+      auto known = std::find_if(lines.begin(), lines.end(), [&](const auto& other) { return other.first == text; });
+      if (known == lines.end()) known = lines.insert(lines.end(), {text, 0});
+      ++known->second;
     }
     out << "  " << entry.target << ": " << entry.modules.size()
         << (entry.modules.size() == 1 ? " module\n" : " modules\n");
     for (const auto& [line, count] : lines) out << "    " << count << " x " << line << "\n";
   }
   for (const auto& note : report.notes) out << "  note: " << note << "\n";
+}
+
+}  // namespace detail
+
+/// A line for each target, and for each kind of module that it matched.
+inline std::ostream& operator<<(std::ostream& out, const InjectionReport& report) {
+  detail::print_adapter(out, report);
   const auto share = report.total_parameters == 0 ? 0.0
                                                   : 100.0 * static_cast<double>(report.trainable_parameters) /
                                                         static_cast<double>(report.total_parameters);

@@ -46,7 +46,8 @@ struct AdapterFiles {
   std::string place;  // for errors
   std::string config_path;
   std::string tensor_path;
-  bool is_loralib = false;  // parts of a fused projection lie as loralib's MergedLinear has them
+  bool is_loralib = false;                   // parts of a fused projection lie as loralib's MergedLinear has them
+  std::vector<std::string> embeddings = {};  // names of modules in loralib's file, whose keys do not say it
   Json config;
   std::map<std::string, std::string> metadata;
   std::map<std::string, FileTensor> tensors;

@@ -52,6 +52,11 @@ inline CheckpointHints checkpoint_hints(const AdapterFiles& files) {
       hints.copies[without_base_layer(key)] = file.tensor;
     }
   }
+  for (auto& [path, factors] : hints.factors) {
+    for (const auto& name : files.embeddings) {
+      factors.embedding = factors.embedding || TargetModules::is_path_or_suffix(name, path);
+    }
+  }
   return hints;
 }
 

@@ -76,7 +76,7 @@ class PeftReader {
     leave_out_partners();
     add_saved_embeddings();
     for (const auto& planned : plan_.sites) {
-      if (files_.is_loralib) spread_loralib_parts(planned);
+      if (files_.is_loralib) convert_loralib(planned);
       check_updates(planned);
     }
     check_copies();
@@ -311,24 +311,27 @@ class PeftReader {
            " groups, whose update mixes the groups and is none of the weight";
   }
 
+  void rename(const std::string& from, const std::string& to) {
+    auto entry = files_.tensors.extract(from);
+    if (entry.empty()) return;
+    entry.key() = to;
+    files_.tensors.insert(std::move(entry));
+  }
+
   /// loralib has one name for the factors of all layers.
   void rename_loralib_embeddings() {
     for (const auto& table : adapters_.sites()) {
       if (table.layout != WeightLayout::kTable) continue;
-      const std::pair<std::string, std::string> names[] = {{"lora_A.weight", PeftKeys::A(table)},
-                                                           {"lora_B.weight", PeftKeys::B(table)}};
-      for (const auto& [from, to] : names) {
-        auto entry = files_.tensors.extract(join_path(table.file_path, from));
-        if (entry.empty()) continue;
-        entry.key() = to;
-        files_.tensors.insert(std::move(entry));
-      }
+      rename(join_path(table.file_path, "lora_A.weight"), PeftKeys::A(table));
+      rename(join_path(table.file_path, "lora_B.weight"), PeftKeys::B(table));
     }
   }
 
-  /// Gives the B of parts, which loralib's MergedLinear has alone, the zeros of the other rows.
-  void spread_loralib_parts(const PlannedSite& planned) {
+  /// Brings loralib's tensors of one layer into PEFT's form: the bias's name, and the B of parts, which MergedLinear
+  /// has without the zeros of the other rows.
+  void convert_loralib(const PlannedSite& planned) {
     const auto& updated = site(planned.site);
+    rename(join_path(updated.module_file_path, "bias"), join_path(updated.module_file_path, "base_layer.bias"));
     auto* B = find(PeftKeys::B(updated));
     if (B == nullptr || planned.parts.front().name.empty() || B->tensor.dim() != 2) return;
     int64_t rows = 0;

@@ -3,13 +3,11 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
-#include <lora/detail/atomic_file.h>
 #include <lora/detail/error.h>
 #include <lora/inject/model_adapters.h>
-#include <lora/io/checksum.h>
 #include <lora/io/lora_config_json.h>
+#include <lora/io/peft_files.h>
 #include <lora/io/peft_layout.h>
-#include <lora/io/safetensors.h>
 #include <lora/methods/lora.h>
 #include <lora/version.h>
 
@@ -17,11 +15,8 @@
 #include <cctype>
 #include <cmath>
 #include <cstdint>
-#include <filesystem>
-#include <map>
 #include <memory>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -72,29 +67,15 @@ class PeftWriter {
     check_finite();
   }
 
-  void write(const std::string& directory) const {
-    std::error_code error;
-    std::filesystem::create_directories(directory, error);
-    if (error) throw FormatError(directory, {"cannot make the directory: " + error.message()});
+  void write(const std::string& directory) const { write_peft_directory(files(), directory); }
 
+  PeftFiles files() const {
     const c10::NoGradGuard no_grad;
-    std::map<std::string, torch::Tensor> tensors;
-    for (const auto& [key, tensor] : this->tensors()) tensors[kPeftPrefix + key] = tensor;
-    std::map<std::string, std::string> metadata{{"format", "pt"}};
-    const auto config = this->config();
-    if (needs_own_config_) metadata[kOwnConfig] = dump(own_config(), directory);
-    auto scaling = Json::object();
-    for (const auto* key : kScalingKeys) scaling[key] = config[key];
-    metadata[kScalingConfig] = dump(scaling, directory);
-    add_checksums(tensors, metadata);
-
-    AtomicFile tensor_file(directory + "/" + kTensorFile), config_file(directory + "/" + kConfigFile);
-    write_safetensors(tensor_file, tensors, metadata);
-    config_file.write(dump(config, directory, 2) + "\n");
-    tensor_file.sync();
-    config_file.sync();
-    tensor_file.commit();
-    config_file.commit();
+    PeftFiles files;
+    files.config = config();
+    for (const auto& [key, tensor] : tensors()) files.tensors[kPeftPrefix + key] = tensor;
+    if (needs_own_config_) files.own_config = own_config();
+    return files;
   }
 
  private:
