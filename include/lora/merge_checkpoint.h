@@ -31,10 +31,10 @@ class MergeCheckpointOptions {
 
 /// A checkpoint with an adapter merged into it.
 struct MergedCheckpoint {
-  std::map<std::string, torch::Tensor> tensors;  // of the whole checkpoint: those without an adapter as they were given
-  std::vector<std::string> changed;              // names of what the adapter changes
-  std::vector<std::string> added;                // names of what the adapter has whole and the checkpoint lacked
-  InjectionReport report;
+  std::map<std::string, torch::Tensor> tensors;  ///< Of the whole checkpoint; unchanged ones as they were given.
+  std::vector<std::string> changed;              ///< Names of what the adapter changes.
+  std::vector<std::string> added;                ///< Names of what the adapter has whole and the checkpoint lacked.
+  InjectionReport report;                        ///< What went where; without a trainable share.
 };
 
 namespace detail {

@@ -2,9 +2,7 @@
 #include <ATen/Context.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
-#include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -15,10 +13,12 @@
 
 #include "examples/models/gpt2_checkpoint.h"
 #include "harness/child_process.h"
+#include "harness/program_runs.h"
 #include "harness/temp_folder.h"
 
 namespace {
 
+using harness::ProgramRuns;
 using testing::HasSubstr;
 using testing::Not;
 using testing::StartsWith;
@@ -26,32 +26,6 @@ using testing::StartsWith;
 const std::set<std::string> kFigures = {
     "trainable_parameters",  "total_parameters",  "dev_loss_before",   "dev_loss_after", "old_domain_loss_before",
     "old_domain_loss_after", "tokens_per_second", "peak_memory_bytes", "adapter_bytes",  "merged_max_abs_difference"};
-
-struct Outcome {
-  int exit_code;
-  std::string output, errors;
-};
-
-/// Runs programs in a folder of their own.
-class ProgramRuns : public testing::Test {
- protected:
-  void SetUp() override {
-    // One thread each and no second start: nothing here is worth more, and threads that wait for a core are slow.
-    setenv("OMP_NUM_THREADS", "1", 1);
-    setenv("OMP_WAIT_POLICY", "passive", 1);
-  }
-
-  Outcome run(const std::string& command) const {
-    const auto status = std::system(
-        ("cd " + folder.path().string() + " && " + command + " >output.txt 2>errors.txt").c_str());  // NOLINT
-    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_bytes(folder / "output.txt"),
-            read_bytes(folder / "errors.txt")};
-  }
-
-  nlohmann::json json(const std::string& name) const { return nlohmann::json::parse(read_bytes(folder / name)); }
-
-  TempFolder folder;
-};
 
 /// A tiny untrained GPT-2 and a few pairs, so that a run takes a second.
 class Programs : public ProgramRuns {

@@ -26,34 +26,37 @@ LORA_NAMESPACE_BEGIN
 
 /// What an adapter on disk is, without its base.
 struct AdapterDescription {
+  /// The factors of one module.
   struct Module {
-    std::string path;
-    std::string kind;  // "linear", "embedding" or "convolution"
-    int64_t rank = 0;
-    int64_t out_features = 0;
-    int64_t in_features = 0;
-    std::optional<double> alpha, scaling;  // nothing where the file has no configuration
-    int64_t parameters = 0;
+    std::string path;               ///< As in PEFT's files: "h.0.attn.c_attn".
+    std::string kind;               ///< "linear", "embedding" or "convolution".
+    int64_t rank = 0;               ///< Rows of A.
+    int64_t out_features = 0;       ///< Rows of B.
+    int64_t in_features = 0;        ///< Columns of A as a matrix.
+    std::optional<double> alpha;    ///< Of this module; nothing where the file has no configuration.
+    std::optional<double> scaling;  ///< s in ΔW = s·B·A; nothing where the file has no configuration.
+    int64_t parameters = 0;         ///< Of the factors and the bias of B.
   };
+  /// A tensor that the adapter has whole.
   struct Copy {
-    std::string name;  // of the tensor in the model
-    std::vector<int64_t> sizes;
+    std::string name;            ///< In the model.
+    std::vector<int64_t> sizes;  ///< Its shape.
   };
 
-  std::string path;             // of the directory, or of the file
-  std::string format;           // "peft", "peft-bin", "loralib", or "peft-tensors": a file with PEFT's keys alone
-  std::string method = "LORA";  // PEFT's name of it
-  std::string config;           // the configuration file's JSON; empty: there is none
-  std::vector<Module> modules;
-  std::vector<Copy> copies;               // whole tensors: of modules_to_save, biases, embeddings
-  std::map<std::string, int64_t> rows;    // of single tokens, by embedding
-  std::map<std::string, int64_t> dtypes;  // tensors of each, by safetensors' names: "F32"
-  std::map<std::string, std::string> metadata;
-  bool has_checksums = false;  // of this library, and right; files of others have none
-  int64_t tensors = 0;
-  int64_t parameters = 0;
-  int64_t bytes = 0;                  // of the tensors
-  std::vector<std::string> problems;  // why no model could load it; empty: none is known
+  std::string path;                             ///< Of the directory, or of the file.
+  std::string format;                           ///< "peft", "peft-bin", "loralib", "peft-tensors": PEFT's keys alone.
+  std::string method = "LORA";                  ///< PEFT's name of it.
+  std::string config;                           ///< The configuration file's JSON; empty: there is none.
+  std::vector<Module> modules;                  ///< By path.
+  std::vector<Copy> copies;                     ///< Of modules_to_save, biases and embeddings that are saved whole.
+  std::map<std::string, int64_t> rows;          ///< Rows of single tokens, by embedding.
+  std::map<std::string, int64_t> dtypes;        ///< Tensors of each type, by safetensors' names: "F32".
+  std::map<std::string, std::string> metadata;  ///< Of a safetensors file.
+  bool has_checksums = false;                   ///< This library's, and right; files of other programs have none.
+  int64_t tensors = 0;                          ///< How many there are.
+  int64_t parameters = 0;                       ///< Their elements.
+  int64_t bytes = 0;                            ///< Their bytes.
+  std::vector<std::string> problems;            ///< Why no model could load it; empty: none is known.
 };
 
 namespace detail {
