@@ -279,6 +279,19 @@ TEST_F(MergeCheckpoint, AHeadThatTheCheckpointLacksIsAdded) {
   EXPECT_THAT(problems(), ElementsAre(HasSubstr("found the tensor base_model.model.score.out.bias, expected none")));
 }
 
+TEST_F(MergeCheckpoint, AnEmbeddingThatIsSavedWholeReplacesTheBasesAndAMatrixOfALayerDoesNot) {
+  config_["target_modules"] = {"up", "down"};
+  base_["wte.weight"] = at::ones({4, 3});
+  file_[key("wte.weight")] = at::ones({4, 3});
+  EXPECT_THAT(notes(), ElementsAre("wte is in the file as it is in the base: passed over"));
+  file_[key("wte.weight")] = at::full({4, 3}, 2.0F);
+  const auto merged = lora::merge_checkpoint(base_, directory());
+  EXPECT_THAT(merged.changed, ElementsAre("down.weight", "up.weight", "wte.weight"));
+  EXPECT_TRUE(at::equal(merged.tensors.at("wte.weight"), at::full({4, 3}, 2.0F)));
+  base_["wte.bias"] = at::ones({4});
+  EXPECT_THAT(problems(), ElementsAre(HasSubstr("found the tensor base_model.model.wte.weight, expected none")));
+}
+
 TEST_F(MergeCheckpoint, ABiasOfBNeedsABiasInTheCheckpoint) {
   config_["lora_bias"] = true;
   file_[key("up.lora_B.bias")] = at::ones({20});

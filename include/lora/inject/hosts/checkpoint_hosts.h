@@ -141,10 +141,10 @@ class CheckpointWalk {
     return kind;
   }
 
-  /// The adapter has rows of it, or it is one of the matrices that PEFT saves whole beside the factors: embeddings and
-  /// heads.
+  /// The adapter has rows of it, or has it whole and without a bias, as embeddings and heads that PEFT saves unasked.
   bool is_table(const std::string& module) const {
-    return hints_.tables.count(module) != 0 || hints_.copies.count(join_path(module, "weight")) != 0;
+    return hints_.tables.count(module) != 0 ||
+           (hints_.copies.count(join_path(module, "weight")) != 0 && !has(module, "bias"));
   }
 
   WeightLayout layout_of(const std::string& path, const at::Tensor& tensor, const CheckpointHints::Factors& factors,
@@ -171,12 +171,12 @@ class CheckpointWalk {
     const auto [module, parameter] = split(name);
     const auto kind = kind_of(module, parameter, tensor);
     const auto head = tied_heads_.find(name);
-    auto& site = add_site(module, parameter, kind, head == tied_heads_.end() ? tensor : head->second);
+    const bool is_tied_head = head != tied_heads_.end();
+    auto& site = add_site(module, parameter, kind, is_tied_head ? head->second : tensor);
     // A mask that is kept as a buffer, as GPT-2's attn.bias, is none of a layer's biases.
     site.is_buffer = !tensor.is_floating_point() || parameter == "running_mean" || parameter == "running_var" ||
                      (parameter == "bias" && tensor.dim() != 1);
-    const bool is_matrix = kind.layout == WeightLayout::kRows || kind.layout == WeightLayout::kColumns;
-    site.is_linear = is_matrix && head == tied_heads_.end();
+    site.is_linear = !is_tied_head && (kind.layout == WeightLayout::kRows || kind.layout == WeightLayout::kColumns);
     if (tensor.numel() > 0) {
       for (const auto& other : owners_.at(tensor.const_data_ptr())) {
         if (other != name && tensors_.at(other).sizes() == tensor.sizes()) site.tied_to = other;
