@@ -6,12 +6,12 @@
 #include <torch/nn/modules/rnn.h>
 #include <torch/optim/sgd.h>
 
-#include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "harness/message_of.h"
 #include "harness/models.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
@@ -19,6 +19,7 @@
 
 namespace {
 
+using harness::message_of;
 using lora::LoraConfig;
 using ::testing::AllOf;
 using ::testing::Contains;
@@ -35,15 +36,6 @@ Reader make_reader() {
 }
 
 LoraConfig config() { return LoraConfig().r(2).lora_alpha(3).target_modules({"mix"}); }
-
-std::string problem(const std::function<void()>& function) {
-  try {
-    function();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "";
-}
 
 TEST(Copies, BatchNormsOwnStatisticsFollowTheAdapterInTraining) {
   auto reader = make_reader();
@@ -126,13 +118,13 @@ TEST(Copies, NamesThatMatchNothingAndHiddenParametersAreErrors) {
     }
   } model;
   const auto fc = LoraConfig().r(2).target_modules({"fc"});
-  EXPECT_THAT(problem([&] { lora::inject(model, LoraConfig(fc).modules_to_save({"gatd"})); }),
+  EXPECT_THAT(message_of([&] { lora::inject(model, LoraConfig(fc).modules_to_save({"gatd"})); }),
               AllOf(HasSubstr("found no module for \"gatd\" in modules_to_save"), HasSubstr("nearest: gated")));
-  EXPECT_THAT(problem([&] { lora::inject(model, LoraConfig(fc).modules_to_save({"gated"})); }),
+  EXPECT_THAT(message_of([&] { lora::inject(model, LoraConfig(fc).modules_to_save({"gated"})); }),
               AllOf(HasSubstr("the parameter gated.gain"), HasSubstr("lora::register_parameter")));
-  EXPECT_THAT(problem([&] { lora::inject(model, LoraConfig(fc).modules_to_save({"rnn"})); }),
+  EXPECT_THAT(message_of([&] { lora::inject(model, LoraConfig(fc).modules_to_save({"rnn"})); }),
               HasSubstr("rnn.weight_ih_l0"));
-  EXPECT_THAT(problem([&] { lora::inject(model, LoraConfig().r(2).target_modules({"rnn"})); }),
+  EXPECT_THAT(message_of([&] { lora::inject(model, LoraConfig().r(2).target_modules({"rnn"})); }),
               AllOf(HasSubstr("found torch::nn::LSTMImpl at rnn"), HasSubstr("a list of its own")));
   lora::register_parameter<Gated>(&Gated::gain);
   auto adapters = lora::inject(model, LoraConfig(fc).modules_to_save({"gated"}));
@@ -141,7 +133,7 @@ TEST(Copies, NamesThatMatchNothingAndHiddenParametersAreErrors) {
 
 TEST(Copies, AnEmbeddingWithMaxNormIsRefusedByName) {
   torch::nn::Sequential model(torch::nn::Embedding(torch::nn::EmbeddingOptions(5, 4).max_norm(1)));
-  EXPECT_THAT(problem([&] { lora::inject(*model, LoraConfig().r(2).target_modules({"0"})); }),
+  EXPECT_THAT(message_of([&] { lora::inject(*model, LoraConfig().r(2).target_modules({"0"})); }),
               AllOf(HasSubstr("found 0"), HasSubstr("max_norm")));
 }
 
@@ -195,12 +187,12 @@ TEST(Tokens, AreRefusedWhereTheyCannotBe) {
   const auto tokens = [](lora::TokenIndices indices) {
     return LoraConfig().r(2).target_modules({"mix"}).trainable_token_indices(std::move(indices));
   };
-  EXPECT_THAT(problem([&] { lora::inject(*model, tokens({15})); }), HasSubstr("the token 15, expected one of 15"));
-  EXPECT_THAT(problem([&] { lora::inject(*model, tokens({{"wpe", {1}}})); }), HasSubstr("no Embedding"));
-  EXPECT_THAT(problem([&] { lora::inject(*model, tokens({1, 1})); }), HasSubstr("each token once"));
-  EXPECT_THAT(problem([&] { lora::inject(*model, tokens({1}).target_modules({"wte"})); }),
+  EXPECT_THAT(message_of([&] { lora::inject(*model, tokens({15})); }), HasSubstr("the token 15, expected one of 15"));
+  EXPECT_THAT(message_of([&] { lora::inject(*model, tokens({{"wpe", {1}}})); }), HasSubstr("no Embedding"));
+  EXPECT_THAT(message_of([&] { lora::inject(*model, tokens({1, 1})); }), HasSubstr("each token once"));
+  EXPECT_THAT(message_of([&] { lora::inject(*model, tokens({1}).target_modules({"wte"})); }),
               HasSubstr("trainable_token_indices and target_modules"));
-  EXPECT_THAT(problem([&] { lora::inject(*model, tokens({1}).modules_to_save({"wte"})); }),
+  EXPECT_THAT(message_of([&] { lora::inject(*model, tokens({1}).modules_to_save({"wte"})); }),
               HasSubstr("trainable_token_indices and modules_to_save"));
 }
 
@@ -238,7 +230,7 @@ TEST(Embeddings, AHeadThatMultipliesWithTheirMemberStaysAsItIs) {
   EXPECT_LT(harness::largest(model.forward(tokens) - expected), 1e-12);
   adapters.merge();
   EXPECT_LT(harness::largest(model.forward(tokens) - expected), 1e-12) << "merged";
-  EXPECT_THAT(problem([&] { adapters.merge_and_unload(); }), HasSubstr("wte.weight looked up and multiplied with"));
+  EXPECT_THAT(message_of([&] { adapters.merge_and_unload(); }), HasSubstr("wte.weight looked up and multiplied with"));
   adapters.unmerge();
   adapters.unload();
   EXPECT_TRUE(at::equal(model.wte->weight, W0));
@@ -291,7 +283,7 @@ TEST(UpdateBias, OfALayerWithoutABiasMergesIntoOneOfItsOwn) {
 
 TEST(UpdateBias, NeedsALayerThatCanHaveOne) {
   auto reader = make_reader();
-  EXPECT_THAT(problem([&] { lora::inject(*reader, config().target_modules({"wte"}).lora_bias(true)); }),
+  EXPECT_THAT(message_of([&] { lora::inject(*reader, config().target_modules({"wte"}).lora_bias(true)); }),
               HasSubstr("found no bias at wte"));
 }
 
@@ -319,7 +311,7 @@ TEST(Files, PeftsAdapterOfAConvolutionWithGroupsIsRefusedByName) {
   tensors["base_model.model.0.lora_B.weight"] = at::zeros({6, 1, 1});
   lora::save_safetensors(tensors, folder / "adapter_model.safetensors");
   auto third = grouped();
-  EXPECT_THAT(problem([&] { lora::load(*third, folder.path()); }),
+  EXPECT_THAT(message_of([&] { lora::load(*third, folder.path()); }),
               HasSubstr("PEFT's form for a convolution with 2 groups, whose update mixes the groups"));
 }
 
@@ -411,7 +403,7 @@ TEST(Files, LenienceIsByNameAndNamesCanBeMapped) {
   tensors["base_model.model.lm_head.extra.weight"] = at::zeros({2});
   lora::save_safetensors(tensors, folder / "adapter_model.safetensors");
   auto strict = make_reader();
-  EXPECT_THAT(problem([&] { lora::load(*strict, folder.path()); }),
+  EXPECT_THAT(message_of([&] { lora::load(*strict, folder.path()); }),
               AllOf(HasSubstr("2 problems"), HasSubstr("classifier.out.bias"), HasSubstr("lm_head.extra.weight")));
   lora::LoadOptions lenient;
   lenient.may_lack({"classifier.out"}).may_ignore({"lm_head"});

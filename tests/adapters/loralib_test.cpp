@@ -6,11 +6,11 @@
 #include <torch/nn/modules/container/modulelist.h>
 
 #include <filesystem>
-#include <functional>
 #include <map>
 #include <memory>
 #include <string>
 
+#include "harness/message_of.h"
 #include "harness/models.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
@@ -18,21 +18,13 @@
 
 namespace {
 
+using harness::message_of;
 using lora::LoraConfig;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 using Tensors = std::map<std::string, at::Tensor>;
 
 const std::string kOptions = LORA_SOURCE_DIR "/tests/golden/options/";
-
-std::string problem(const std::function<void()>& function) {
-  try {
-    function();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "";
-}
 
 TEST(PickledAdapters, GiveWhatPeftComputes) {
   Reader reader;
@@ -98,9 +90,10 @@ TEST(Loralib, OfAFusedProjectionHasBOfItsPartsAlone) {
   auto adapters = lora::load(*model, folder / "lora.bin", LoraConfig(config).target_modules({"c_attn[q,v]"}));
   EXPECT_TRUE(at::allclose(model->forward(x), expected, 1e-5, 1e-6));
   adapters.unload();
-  EXPECT_THAT(problem([&] { lora::load(*model, folder / "lora.bin", LoraConfig(config).target_modules({"c_attn"})); }),
-              AllOf(HasSubstr("found [4, 12], expected [2, 12] for c_attn.lora_A"),
-                    HasSubstr("found [20, 2], expected [30, 2] for c_attn.lora_B")));
+  EXPECT_THAT(
+      message_of([&] { lora::load(*model, folder / "lora.bin", LoraConfig(config).target_modules({"c_attn"})); }),
+      AllOf(HasSubstr("found [4, 12], expected [2, 12] for c_attn.lora_A"),
+            HasSubstr("found [20, 2], expected [30, 2] for c_attn.lora_B")));
 }
 
 /// RoBERTa's modules that the paper's adapter names, in their sizes.
@@ -151,7 +144,7 @@ TEST(Loralib, ThePapersRobertaLoadsWithEveryTensorAccountedFor) {
   for (size_t i = 0; i < before.size(); ++i)
     EXPECT_TRUE(at::equal(after[i].second, before[i].second)) << before[i].first;
   lora::adapters_of(*again).unload();
-  EXPECT_THAT(problem([&] { lora::load(*again, file, LoraConfig(config).target_modules({"query"})); }),
+  EXPECT_THAT(message_of([&] { lora::load(*again, file, LoraConfig(config).target_modules({"query"})); }),
               AllOf(HasSubstr("24 problems"), HasSubstr("attention.self.value.lora_A, expected none")));
 }
 
@@ -181,9 +174,9 @@ TEST(Folders, WithSeveralAdaptersLoadAtOnce) {
     EXPECT_TRUE(at::equal(copy->forward(x), mlp->forward(x)));
   }
   const TempFolder empty;
-  EXPECT_THAT(problem([&] { lora::load_all(*copy, empty.path()); }), HasSubstr("found adapters in the model"));
+  EXPECT_THAT(message_of([&] { lora::load_all(*copy, empty.path()); }), HasSubstr("found adapters in the model"));
   loaded.unload();
-  EXPECT_THAT(problem([&] { lora::load_all(*copy, empty.path()); }), HasSubstr("found no adapter_config.json"));
+  EXPECT_THAT(message_of([&] { lora::load_all(*copy, empty.path()); }), HasSubstr("found no adapter_config.json"));
 }
 
 TEST(KeepBase, FalseReplacesOneWeightAtATime) {

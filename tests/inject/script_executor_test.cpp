@@ -16,12 +16,14 @@
 #include <string>
 #include <vector>
 
+#include "harness/message_of.h"
 #include "harness/script_models.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 
 namespace {
 
+using harness::message_of;
 using harness::run;
 using lora::LoraConfig;
 using ::testing::AllOf;
@@ -32,18 +34,6 @@ const std::string kScripts = LORA_SOURCE_DIR "/tests/golden/script/";
 LoraConfig both_layers() { return LoraConfig().r(3).lora_alpha(7).target_modules({"up", "down"}); }
 
 size_t profiled_runs() { return torch::jit::getNumProfiledRuns(); }
-
-template <class Function>
-std::string message_of(const Function& function) {
-  try {
-    function();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
 
 class ScriptExecutor : public ::testing::Test {
  protected:

@@ -366,7 +366,6 @@ class PeftReader {
 
   void check_copies() {
     const auto names = keys();
-    std::vector<size_t> kept;
     for (const auto index : plan_.copies) {
       const auto& copied = site(index);
       const auto base = copied.base();
