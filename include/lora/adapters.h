@@ -17,6 +17,7 @@
 #include <torch/nn/module.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>

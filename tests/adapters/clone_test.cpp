@@ -12,6 +12,7 @@
 
 #include "harness/values.h"
 
+namespace clone_test {
 namespace {
 
 using ::testing::ElementsAre;
@@ -105,3 +106,4 @@ TEST(Clone, OfLibTorchStillThrowsOnAHost) {
 }
 
 }  // namespace
+}  // namespace clone_test

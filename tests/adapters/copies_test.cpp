@@ -17,6 +17,7 @@
 #include "harness/values.h"
 #include "oracles/models.h"
 
+namespace copies_test {
 namespace {
 
 using harness::message_of;
@@ -428,3 +429,4 @@ TEST(Files, LenienceIsByNameAndNamesCanBeMapped) {
 }
 
 }  // namespace
+}  // namespace copies_test

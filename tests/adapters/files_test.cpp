@@ -12,6 +12,7 @@
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 
+namespace files_test {
 namespace {
 
 using harness::HostCase;
@@ -63,3 +64,4 @@ INSTANTIATE_TEST_SUITE_P(Laws, SavedHost,
                          });
 
 }  // namespace
+}  // namespace files_test

@@ -21,6 +21,7 @@
 #include "harness/temp_folder.h"
 #include "oracles/models.h"
 
+namespace golden_test {
 namespace {
 
 using harness::relative_error;
@@ -305,3 +306,4 @@ TEST_P(GoldenGpt2, ComputesWhatPythonComputed) {
 INSTANTIATE_TEST_SUITE_P(, GoldenGpt2, ::testing::Values("cpp", "traced"), [](const auto& test) { return test.param; });
 
 }  // namespace
+}  // namespace golden_test

@@ -21,6 +21,7 @@
 #include "harness/values.h"
 #include "harness/wrapped_lora.h"
 
+namespace lifecycle_test {
 namespace {
 
 using ::testing::AllOf;
@@ -315,3 +316,4 @@ TEST(Report, ListsTargetsShapesAndNotes) {
 }
 
 }  // namespace
+}  // namespace lifecycle_test

@@ -13,6 +13,7 @@
 #include "harness/values.h"
 #include "oracles/models.h"
 
+namespace lora_linear_test {
 namespace {
 
 using ::testing::ElementsAre;
@@ -186,3 +187,4 @@ TEST(LoRALinear, UnloadsToThePlainLayers) {
 }
 
 }  // namespace
+}  // namespace lora_linear_test

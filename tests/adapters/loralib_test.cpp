@@ -16,6 +16,7 @@
 #include "harness/values.h"
 #include "oracles/models.h"
 
+namespace loralib_test {
 namespace {
 
 using harness::message_of;
@@ -224,3 +225,4 @@ TEST(KeepBase, FalseTakesAllActiveAdapters) {
 }
 
 }  // namespace
+}  // namespace loralib_test

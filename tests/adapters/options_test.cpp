@@ -26,6 +26,7 @@
 #include "harness/values.h"
 #include "oracles/models.h"
 
+namespace options_test {
 namespace {
 
 using harness::relative_error;
@@ -264,3 +265,4 @@ INSTANTIATE_TEST_SUITE_P(Golden, ScriptOption, ::testing::ValuesIn(script_option
 });
 
 }  // namespace
+}  // namespace options_test

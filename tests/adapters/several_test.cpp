@@ -16,6 +16,7 @@
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 
+namespace several_test {
 namespace {
 
 using ::testing::AllOf;
@@ -273,3 +274,4 @@ TEST(Disabling, LastsThroughASwitch) {
 }
 
 }  // namespace
+}  // namespace several_test

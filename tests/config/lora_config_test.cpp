@@ -9,6 +9,7 @@
 
 #include "oracles/models.h"
 
+namespace lora_config_test {
 namespace {
 
 using ::testing::HasSubstr;
@@ -91,3 +92,4 @@ TEST(AdapterName, IsOneThatPeftCanLoad) {
 }
 
 }  // namespace
+}  // namespace lora_config_test

@@ -14,6 +14,7 @@
 #include <set>
 #include <string>
 
+namespace peft_matching_test {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -144,3 +145,4 @@ TEST(PeftMatching, EveryRowThatDiffersIsInTheTable) {
 }
 
 }  // namespace
+}  // namespace peft_matching_test

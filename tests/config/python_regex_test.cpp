@@ -5,6 +5,7 @@
 
 #include <string>
 
+namespace python_regex_test {
 namespace {
 
 using lora::detail::PythonRegex;
@@ -91,3 +92,4 @@ TEST(PythonRegex, NamesAnInvalidPattern) {
 }
 
 }  // namespace
+}  // namespace python_regex_test

@@ -22,6 +22,7 @@
 #include "harness/values.h"
 #include "oracles/models.h"
 
+namespace snippets_test {
 namespace {
 
 const std::string kRoot = LORA_SOURCE_DIR "/";
@@ -306,3 +307,4 @@ TEST(Docs, LinkToFilesThatAreThere) {
 }
 
 }  // namespace
+}  // namespace snippets_test

@@ -7,6 +7,7 @@
 #include <set>
 #include <vector>
 
+namespace batches_test {
 namespace {
 
 using testing::ElementsAre;
@@ -78,3 +79,4 @@ TEST(Batches, GoOnAtAPosition) {
 }
 
 }  // namespace
+}  // namespace batches_test

@@ -10,6 +10,7 @@
 
 #include "harness/temp_folder.h"
 
+namespace byte_bpe_test {
 namespace {
 
 using testing::AllOf;
@@ -87,3 +88,4 @@ TEST(ByteBpe, NamesWhatIsWrongWithItsFiles) {
 }
 
 }  // namespace
+}  // namespace byte_bpe_test

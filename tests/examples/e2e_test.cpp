@@ -7,6 +7,7 @@
 
 #include "harness/temp_folder.h"
 
+namespace e2e_test {
 namespace {
 
 using testing::AllOf;
@@ -62,3 +63,4 @@ TEST(E2e, ReadsTheRealFiles) {
 }
 
 }  // namespace
+}  // namespace e2e_test

@@ -9,6 +9,7 @@
 
 #include "examples/finetune/data.h"
 
+namespace generator_test {
 namespace {
 
 using testing::HasSubstr;
@@ -66,3 +67,4 @@ TEST(Generator, KeepsTheNewDomainOutOfTheBase) {
 }
 
 }  // namespace
+}  // namespace generator_test

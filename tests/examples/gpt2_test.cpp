@@ -15,6 +15,7 @@
 #include "examples/models/greedy.h"
 #include "harness/temp_folder.h"
 
+namespace gpt2_test {
 namespace {
 
 using testing::AllOf;
@@ -204,3 +205,4 @@ TEST(GPT2Checkpoint, RefusesATruncatedFile) {
 }
 
 }  // namespace
+}  // namespace gpt2_test

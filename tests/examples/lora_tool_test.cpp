@@ -21,6 +21,7 @@
 #include "harness/program_runs.h"
 #include "harness/values.h"
 
+namespace lora_tool_test {
 namespace {
 
 using testing::AllOf;
@@ -377,3 +378,4 @@ TEST_F(LoraTool, TheDocsShowWhatItPrints) {
 }
 
 }  // namespace
+}  // namespace lora_tool_test

@@ -16,6 +16,7 @@
 #include "harness/program_runs.h"
 #include "harness/temp_folder.h"
 
+namespace programs_test {
 namespace {
 
 using harness::ProgramRuns;
@@ -306,3 +307,4 @@ TEST_F(DefaultRun, ReachesMostOfFullFineTuningsGainWithFewParameters) {
 }
 
 }  // namespace
+}  // namespace programs_test

@@ -11,6 +11,7 @@
 #include "examples/training/trainer.h"
 #include "harness/temp_folder.h"
 
+namespace training_test {
 namespace {
 
 GPT2LMHeadModel tiny_model() {
@@ -110,3 +111,4 @@ TEST(LinePlot, HoldsEachCurve) {
 }
 
 }  // namespace
+}  // namespace training_test

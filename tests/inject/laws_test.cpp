@@ -17,6 +17,7 @@
 #include "harness/operators.h"
 #include "harness/values.h"
 
+namespace laws_test {
 namespace {
 
 using harness::HostCase;
@@ -280,3 +281,4 @@ TEST_P(EveryHostInFloat64, MergesForGoodWithTheFlagsOfBefore) {
 INSTANTIATE_TEST_SUITE_P(Laws, EveryHostInFloat64, ::testing::ValuesIn(harness::host_cases()), harness::case_name);
 
 }  // namespace
+}  // namespace laws_test

@@ -21,6 +21,7 @@
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 
+namespace script_executor_test {
 namespace {
 
 using harness::message_of;
@@ -514,3 +515,4 @@ TEST_F(ScriptExecutor, AScriptedEncoderTrainsInEvalToo) {
 }
 
 }  // namespace
+}  // namespace script_executor_test

@@ -20,6 +20,7 @@
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 
+namespace script_hosts_test {
 namespace {
 
 using harness::run;
@@ -243,3 +244,4 @@ TEST_P(ScriptHosts, WhatIsSavedLoadsBitForBit) {
 INSTANTIATE_TEST_SUITE_P(, ScriptHosts, ::testing::ValuesIn(harness::script_cases()), harness::script_case_name);
 
 }  // namespace
+}  // namespace script_hosts_test

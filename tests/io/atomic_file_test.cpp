@@ -15,6 +15,7 @@
 
 #include "harness/temp_folder.h"
 
+namespace atomic_file_test {
 namespace {
 
 using ::testing::ElementsAre;
@@ -194,3 +195,4 @@ TEST(AtomicFile, PathThatIsAFolder) {
 }
 
 }  // namespace
+}  // namespace atomic_file_test

@@ -16,6 +16,7 @@
 
 #include "harness/temp_folder.h"
 
+namespace checkpoint_test {
 namespace {
 
 using ::testing::AllOf;
@@ -248,3 +249,4 @@ TEST(Checkpoint, AKilledSaveNeverMixesTwoModels) {
 }
 
 }  // namespace
+}  // namespace checkpoint_test

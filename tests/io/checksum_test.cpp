@@ -14,6 +14,7 @@
 #include "harness/values.h"
 #include "oracles/models.h"
 
+namespace checksum_test {
 namespace {
 
 using ::testing::AllOf;
@@ -131,3 +132,4 @@ TEST_F(SavedAdapter, AnErrorNamesTheTensor) {
 }
 
 }  // namespace
+}  // namespace checksum_test

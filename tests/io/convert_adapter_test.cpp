@@ -17,6 +17,7 @@
 #include "harness/values.h"
 #include "oracles/models.h"
 
+namespace convert_adapter_test {
 namespace {
 
 using lora::AdapterFormat;
@@ -288,3 +289,4 @@ TEST(DescribeAdapter, ListsEveryProblem) {
 }
 
 }  // namespace
+}  // namespace convert_adapter_test

@@ -19,6 +19,7 @@
 #include "harness/values.h"
 #include "oracles/models.h"
 
+namespace damaged_files_test {
 namespace {
 
 using Tensors = std::map<std::string, at::Tensor>;
@@ -171,3 +172,4 @@ TEST_F(DamagedAdapter, OfOurs) {
 }
 
 }  // namespace
+}  // namespace damaged_files_test

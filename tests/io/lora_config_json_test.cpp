@@ -8,6 +8,7 @@
 
 #include "harness/temp_folder.h"
 
+namespace lora_config_json_test {
 namespace {
 
 using lora::LoraConfig;
@@ -127,3 +128,4 @@ TEST(LoraConfigJson, EveryProblemIsTold) {
 }
 
 }  // namespace
+}  // namespace lora_config_json_test

@@ -22,6 +22,7 @@
 #include "harness/values.h"
 #include "oracles/models.h"
 
+namespace peft_files_test {
 namespace {
 
 using lora::LoraConfig;
@@ -498,3 +499,4 @@ TEST_F(PeftSave, SeveralAdaptersGoIntoSubFolders) {
 }
 
 }  // namespace
+}  // namespace peft_files_test

@@ -19,6 +19,7 @@
 #include "harness/memory.h"
 #include "harness/temp_folder.h"
 
+namespace safetensors_test {
 namespace {
 
 using ::testing::HasSubstr;
@@ -396,3 +397,4 @@ TEST(Safetensors, FailedSaveLeavesTheOldFile) {
 }
 
 }  // namespace
+}  // namespace safetensors_test

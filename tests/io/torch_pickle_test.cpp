@@ -14,6 +14,7 @@
 #include "harness/torch_archive.h"
 #include "harness/values.h"
 
+namespace torch_pickle_test {
 namespace {
 
 using ::testing::ElementsAre;
@@ -270,8 +271,8 @@ TEST(TorchPickle, RefusesOtherFiles) {
   EXPECT_THAT(error_of_loading(patched(good, end64, 0, 32, raw<uint64_t>(99))), HasSubstr("several disks"));
   EXPECT_THAT(error_of_loading(patched(good, end64, 0, 24, raw<uint64_t>(99) + raw<uint64_t>(99))),
               HasSubstr("expected 99"));
-  EXPECT_THAT(error_of_loading(patched(good, end64, 0, 40, raw<uint64_t>(-1))), HasSubstr("has its directory at byte"));
-  EXPECT_THAT(error_of_loading(patched(good, "PK\x06\x07", 0, 8, raw<uint64_t>(-1))), HasSubstr("no zip64 end record"));
+  EXPECT_THAT(error_of_loading(patched(good, end64, 0, 40, raw(~uint64_t{0}))), HasSubstr("has its directory at byte"));
+  EXPECT_THAT(error_of_loading(patched(good, "PK\x06\x07", 0, 8, raw(~uint64_t{0}))), HasSubstr("no zip64 end record"));
   EXPECT_THAT(error_of_loading(patched(good, kSixFloats, 0, 7, "x")), HasSubstr("data/0' does not have the checksum"));
   EXPECT_THAT(error_of_loading(patched(good, "_rebuild_tensor_v2", 0, 0, "X")),
               HasSubstr("data.pkl' does not have the checksum"));
@@ -374,3 +375,4 @@ TEST(TorchPickle, RefusesWhatItCannotWrite) {
 }
 
 }  // namespace
+}  // namespace torch_pickle_test

@@ -21,6 +21,7 @@
 #include "harness/values.h"
 #include "oracles/models.h"
 
+namespace merge_checkpoint_test {
 namespace {
 
 using nlohmann::json;
@@ -380,3 +381,4 @@ INSTANTIATE_TEST_SUITE_P(Files, TiedHead, ::testing::Bool(), [](const auto& test
 });
 
 }  // namespace
+}  // namespace merge_checkpoint_test

@@ -16,6 +16,7 @@
 #include "harness/dense_oracle.h"
 #include "harness/values.h"
 
+namespace merge_kernel_test {
 namespace {
 
 using lora::detail::MergeJob;
@@ -250,3 +251,4 @@ TEST(NonFinite, IsCountedWhereverItStands) {
 }
 
 }  // namespace
+}  // namespace merge_kernel_test

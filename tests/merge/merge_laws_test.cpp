@@ -16,6 +16,7 @@
 #include "harness/models.h"
 #include "harness/values.h"
 
+namespace merge_laws_test {
 namespace {
 
 using ::testing::AllOf;
@@ -280,3 +281,4 @@ TEST(MergeAndUnload, WritesTheRegisteredTensorItself) {
 }
 
 }  // namespace
+}  // namespace merge_laws_test

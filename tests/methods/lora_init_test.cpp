@@ -9,6 +9,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+namespace lora_init_test {
 namespace {
 
 at::Tensor draw(const lora::LoraConfig& config, int64_t in, int64_t out, const std::string& tensor) {
@@ -68,3 +69,4 @@ TEST(LoraInit, LoadingDrawsNoRandomNumber) {
 }
 
 }  // namespace
+}  // namespace lora_init_test

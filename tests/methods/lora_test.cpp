@@ -11,6 +11,7 @@
 #include "harness/dense_oracle.h"
 #include "harness/values.h"
 
+namespace lora_test {
 namespace {
 
 TEST(Scaling, IsAlphaOverRankOrItsRoot) {
@@ -69,3 +70,4 @@ TEST(Products, AreInTheDtypeOfTheInput) {
 }
 
 }  // namespace
+}  // namespace lora_test

@@ -14,8 +14,6 @@ from safetensors import safe_open
 
 from judging import Verdicts, work_folder
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
 
 def checksums(file):
     lines = "".join(f"{key}={text}\n" for key, text in sorted(file.metadata().items()) if key != "lora.crc32")
@@ -23,7 +21,7 @@ def checksums(file):
     for name in file.keys():
         tensor = file.get_tensor(name)
         sizes = ",".join(map(str, tensor.shape))
-        title = f"{name} {DTYPES[tensor.dtype]} [{sizes}]\n"
+        title = f"{name} {file.get_slice(name).get_dtype()} [{sizes}]\n"
         data = numpy.asarray(tensor.contiguous().reshape(-1).view(torch.uint8)).tobytes()
         found[name] = zlib.crc32(data, zlib.crc32(title.encode()))
     return {name: f"{value:08x}" for name, value in found.items()}

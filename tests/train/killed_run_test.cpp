@@ -13,6 +13,7 @@
 #include "harness/temp_folder.h"
 #include "train/training.h"
 
+namespace killed_run_test {
 namespace {
 
 constexpr int kSteps = 300;
@@ -56,3 +57,4 @@ TEST(KilledRun, EndsWhereTheUninterruptedRunEnds) {
 }
 
 }  // namespace
+}  // namespace killed_run_test

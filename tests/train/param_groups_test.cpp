@@ -16,6 +16,7 @@
 #include "harness/temp_folder.h"
 #include "oracles/models.h"
 
+namespace param_groups_test {
 namespace {
 
 using ::testing::HasSubstr;
@@ -199,3 +200,4 @@ INSTANTIATE_TEST_SUITE_P(Variants, GoldenStep,
                          });
 
 }  // namespace
+}  // namespace param_groups_test

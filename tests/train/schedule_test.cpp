@@ -16,6 +16,7 @@
 #include "harness/temp_folder.h"
 #include "oracles/models.h"
 
+namespace schedule_test {
 namespace {
 
 using ::testing::HasSubstr;
@@ -119,3 +120,4 @@ TEST(Schedule, RefusesGroupsThatCameLater) {
 }
 
 }  // namespace
+}  // namespace schedule_test

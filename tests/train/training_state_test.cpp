@@ -30,6 +30,7 @@
 #include "oracles/models.h"
 #include "train/training.h"
 
+namespace training_state_test {
 namespace {
 
 using harness::Choices;
@@ -458,3 +459,4 @@ TEST_F(TrainingState, RefusesARunThatIsNotWhole) {
 }
 
 }  // namespace
+}  // namespace training_state_test

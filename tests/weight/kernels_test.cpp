@@ -19,6 +19,7 @@
 #include "harness/dense_oracle.h"
 #include "harness/values.h"
 
+namespace kernels_test {
 namespace {
 
 namespace F = torch::nn::functional;
@@ -373,3 +374,4 @@ TEST(Scaling, LeavesTheBaseOutputAndBiasAlone) {
 }
 
 }  // namespace
+}  // namespace kernels_test

@@ -21,6 +21,7 @@
 #include "harness/values.h"
 #include "harness/wrapped_lora.h"
 
+namespace threads_test {
 namespace {
 
 using ::testing::HasSubstr;
@@ -207,3 +208,4 @@ TEST(Threads, ThatRunAKernelKeepChangesOut) {
 }
 
 }  // namespace
+}  // namespace threads_test

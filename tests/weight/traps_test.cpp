@@ -25,6 +25,7 @@
 #include "harness/models.h"
 #include "harness/values.h"
 
+namespace traps_test {
 namespace {
 
 using ::testing::HasSubstr;
@@ -455,3 +456,4 @@ TEST(Bases, MayBeStridedOrEmpty) {
 }
 
 }  // namespace
+}  // namespace traps_test

@@ -12,6 +12,7 @@
 #include <lora/weight/adapted_weight.h>
 #include <lora/weight/product.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 

@@ -11,6 +11,7 @@
 #include <lora/weight/adapted_weight.h>
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 #include <vector>
 
