@@ -182,7 +182,7 @@ int main(int argc, char** argv) try {
   sleep_while_waiting(argv);
   Options options;
   if (const auto exit_code = parse_options(argc, argv, options)) return *exit_code;
-  check_outputs(options.output, options.json);
+  check_outputs(options);
   at::set_num_threads(options.threads);
   if (options.compare) {
     compare(options);

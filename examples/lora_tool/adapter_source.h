@@ -75,7 +75,8 @@ inline lora::LoraConfig configuration(const Options& options) {
   std::vector<std::string> targets = options.targets;
   for (const auto& [module, rank] : ranks) {
     if (options.targets.empty()) targets.push_back(module);
-    if (!options.rank && rank != config.r()) config.rank_pattern().emplace_back("^" + module, rank);
+    if (!options.rank && rank != config.r())
+      config.rank_pattern().emplace_back("^" + lora::detail::escaped(module), rank);
   }
   if (!targets.empty()) config.target_modules(targets);
   config.bias(options.bias == "all"         ? lora::BiasCopies::kAll

@@ -52,6 +52,8 @@ inline Outcome check(const Options& options) {
     json["problems"] = Json::array();
     json.update(to_json(report));
     return {0, source.path + " loads on " + options.base + "\n" + to_text(report), json};
+  } catch (const lora::SystemError&) {
+    throw;
   } catch (const c10::Error& error) {
     const auto problems = problems_of(error);
     json["loads"] = false;

@@ -3,11 +3,10 @@
 #include <lora/io/convert_adapter.h>  // defines: convert_adapter, AdapterFormat, ConvertAdapterOptions
 
 #include <string>
-#include <vector>
 
 #include "lora_tool/adapter_source.h"  // defines: AdapterSource, find_adapter
 #include "lora_tool/options.h"         // defines: Options
-#include "lora_tool/outcome.h"         // defines: Outcome, Json, Refused, UsageError
+#include "lora_tool/outcome.h"         // defines: Outcome, Json, judged, UsageError
 
 /// Writes the adapter in another form.
 inline Outcome convert(const Options& options) {
@@ -21,13 +20,10 @@ inline Outcome convert(const Options& options) {
   const auto reading = lora::ConvertAdapterOptions()
                            .load(lora::LoadOptions().key_mapping(options.key_mapping))
                            .embeddings(options.embeddings);
-  std::vector<std::string> notes;
-  try {
-    notes = source.config ? lora::convert_adapter(source.path, *source.config, options.out, to, reading)
-                          : lora::convert_adapter(source.path, options.out, to, reading);
-  } catch (const c10::Error& error) {
-    throw Refused(error);
-  }
+  const auto notes = judged([&] {
+    return source.config ? lora::convert_adapter(source.path, *source.config, options.out, to, reading)
+                         : lora::convert_adapter(source.path, options.out, to, reading);
+  });
   auto text = source.path + " written to " + options.out + " (" + options.to + ")\n";
   for (const auto& note : notes) text += "  note: " + note + "\n";
   const Json json = {

@@ -14,7 +14,7 @@
 
 #include "lora_tool/adapter_source.h"  // defines: configuration, find_folder
 #include "lora_tool/options.h"         // defines: Options
-#include "lora_tool/outcome.h"         // defines: Outcome, Json, Refused
+#include "lora_tool/outcome.h"         // defines: Outcome, Json, judged
 
 namespace inspect_detail {
 
@@ -135,21 +135,20 @@ inline Outcome inspect(const Options& options) {
   check_source(options);
   Outcome outcome{0, "", {{"command", "inspect"}, {"found", Json::array()}}};
   const auto paths = adapters_of(options);
-  try {
-    for (const auto& path : paths) {
-      if (auto state = training_state(path)) {
-        outcome.text += state->text;
-        outcome.json["found"].push_back(state->json);
-        continue;
-      }
-      const auto config = options.alpha ? std::optional(adapter_source_detail::configuration(options)) : std::nullopt;
-      const auto adapter = lora::describe_adapter(path, config);
-      outcome.text += to_text(adapter);
-      outcome.json["found"].push_back(to_json(adapter));
-      if (!adapter.problems.empty()) outcome.exit_code = 1;
+  const auto add = [&](const std::string& path) {
+    if (auto state = training_state(path)) {
+      outcome.text += state->text;
+      outcome.json["found"].push_back(state->json);
+      return;
     }
-  } catch (const c10::Error& error) {
-    throw Refused(error);
-  }
+    const auto config = options.alpha ? std::optional(adapter_source_detail::configuration(options)) : std::nullopt;
+    const auto adapter = lora::describe_adapter(path, config);
+    outcome.text += to_text(adapter);
+    outcome.json["found"].push_back(to_json(adapter));
+    if (!adapter.problems.empty()) outcome.exit_code = 1;
+  };
+  judged([&] {
+    for (const auto& path : paths) add(path);
+  });
   return outcome;
 }

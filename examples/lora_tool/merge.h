@@ -1,6 +1,7 @@
 #pragma once
 
 #include <lora/io/checkpoint.h>     // defines: load_checkpoint, save_checkpoint, SaveCheckpointOptions
+#include <lora/io/checksum.h>       // defines: add_checksums
 #include <lora/io/safetensors.h>    // defines: save_safetensors
 #include <lora/merge_checkpoint.h>  // defines: merge_checkpoint, MergedCheckpoint
 
@@ -11,7 +12,7 @@
 #include "lora_tool/adapter_source.h"  // defines: AdapterSource, find_adapter
 #include "lora_tool/check.h"           // defines: reading_options, to_json, to_text
 #include "lora_tool/options.h"         // defines: Options
-#include "lora_tool/outcome.h"         // defines: Outcome, Json, Refused, UsageError
+#include "lora_tool/outcome.h"         // defines: Outcome, Json, judged, UsageError
 
 /// Whether the merged model is to be one file, and not a folder.
 inline bool is_one_file(const Options& options) {
@@ -32,15 +33,14 @@ inline Outcome merge(const Options& options) {
   const bool one_file = is_one_file(options);
   const auto source = find_adapter(options);
   const auto base = lora::load_checkpoint(options.base);
-  lora::MergedCheckpoint merged;
-  try {
-    merged = source.config ? lora::merge_checkpoint(base, source.path, *source.config, reading_options(options))
-                           : lora::merge_checkpoint(base, source.path, reading_options(options));
-  } catch (const c10::Error& error) {
-    throw Refused(error);
-  }
+  const auto merged = judged([&] {
+    return source.config ? lora::merge_checkpoint(base, source.path, *source.config, reading_options(options))
+                         : lora::merge_checkpoint(base, source.path, reading_options(options));
+  });
   if (one_file) {
-    lora::save_safetensors(merged.tensors, options.out);
+    std::map<std::string, std::string> metadata{{"format", "pt"}};
+    lora::add_checksums(merged.tensors, metadata);
+    lora::save_safetensors(merged.tensors, options.out, metadata);
   } else {
     auto save = lora::SaveCheckpointOptions();
     if (options.max_shard_bytes) save.max_shard_bytes(*options.max_shard_bytes);

@@ -1,7 +1,7 @@
 #pragma once
 
 #include <c10/util/Exception.h>
-#include <lora/detail/error.h>  // defines: FormatError
+#include <lora/detail/error.h>  // defines: FormatError, SystemError
 
 #include <exception>
 #include <nlohmann/json.hpp>
@@ -26,6 +26,18 @@ class Refused : public std::runtime_error {
  public:
   explicit Refused(const std::exception& error) : std::runtime_error(error_line(error)) {}
 };
+
+/// What a step that judges an adapter returns; an error of it is a "no", unless the system keeps a file from it.
+template <class Step>
+auto judged(const Step& step) {
+  try {
+    return step();
+  } catch (const lora::SystemError&) {
+    throw;
+  } catch (const c10::Error& error) {
+    throw Refused(error);
+  }
+}
 
 /// A bad combination of flags, or a path where nothing is that could be read.
 class UsageError : public std::runtime_error {

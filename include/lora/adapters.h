@@ -361,7 +361,11 @@ inline void Adapters::save(const std::string& directory) const {
   if (names().empty()) {
     throw StateError("[lora::save] found no adapter, expected save() before unload() or merge_and_unload()");
   }
-  for (const auto& name : names()) save(name == "default" ? directory : directory + "/" + name, name);
+  std::vector<std::pair<std::string, detail::PeftWriter>> writers;  // what one refuses stops all
+  for (const auto& name : names()) {
+    writers.emplace_back(name == "default" ? directory : directory + "/" + name, detail::PeftWriter(state(), name));
+  }
+  for (const auto& [folder, writer] : writers) writer.write(folder);
 }
 
 inline void Adapters::save(const std::string& directory, const std::string& name) const {
@@ -404,6 +408,7 @@ inline MergeReport Adapters::merge(const std::vector<std::string>& names, const 
         "[lora::merge] found some of the active adapters for a merge without the base, expected all: it unloads them; "
         "call set_active first");
   }
+  merger.check_each();
   state().install(state().active(), {});  // second copies of an earlier merge go first
   merger.merge_each([&](size_t site, const at::Tensor& weight) { state().replace(site, weight); });
   state().unload();

@@ -214,7 +214,8 @@ inline bool TrainingState::load(const std::string& path) {
   const c10::NoGradGuard no_grad;
   check("load");
   std::error_code error;
-  if (!std::filesystem::exists(path, error) && !error) return false;
+  // Of the name itself: a link to nowhere is something that cannot be read.
+  if (std::filesystem::symlink_status(path, error).type() == std::filesystem::file_type::not_found) return false;
   const auto file = detail::read_training_file(path);
   const auto tensors = all_tensors();
   const auto expected = fixed();

@@ -71,8 +71,7 @@ TEST(Loralib, OfALinearLayerAndAnEmbedding) {
   const auto expected = at::linear(W.index_select(0, ids), V, tensors.at("fc.bias"));
   const auto config =
       LoraConfig().r(2).lora_alpha(3).target_modules({"wte", "fc"}).bias(lora::BiasCopies::kAdaptedOnly);
-  lora::load(model, folder / "lora.pt", config, "default",
-             lora::LoadOptions().key_mapping({{"^fc\\.bias$", "fc.base_layer.bias"}}));
+  lora::load(model, folder / "lora.pt", config);
   EXPECT_TRUE(at::allclose(model.forward(ids), expected, 1e-5, 1e-6));
 }
 
@@ -212,6 +211,13 @@ TEST(KeepBase, FalseReplacesOneWeightAtATime) {
   EXPECT_THROW(adapters.unmerge(), lora::StateError);
   EXPECT_THROW(lora::adapters_of(*mlp), lora::StateError);
   EXPECT_TRUE(at::allclose(mlp->forward(x), unmerged, 1e-5, 1e-6));
+}
+
+TEST(MergeCost, CountsCopiesThatAreCast) {
+  Mlp mlp;
+  mlp->to(at::kBFloat16);
+  const auto adapters = lora::inject(*mlp, LoraConfig().target_modules({"up"}).modules_to_save({"down"}));
+  EXPECT_EQ(adapters.merge_cost().bytes, (20 * 12 + 8 * 20) * 2);
 }
 
 TEST(KeepBase, FalseTakesAllActiveAdapters) {

@@ -59,6 +59,14 @@ TEST(LoraConfig, RefusesValuesOutOfRangeAndChangesNothing) {
            BadConfig{"no module for \"dwn\" in exclude_modules", [&] { return targeted().exclude_modules({"dwn"}); }},
            BadConfig{"an empty name", [] { return lora::LoraConfig().target_modules({""}); }},
            BadConfig{"an empty part", [] { return lora::LoraConfig().target_modules({"up[q,]"}); }},
+           BadConfig{"\"up\" twice in rank_pattern",
+                     [] {
+                       return lora::LoraConfig().target_modules({"up"}).rank_pattern({{"up", 2}, {"up", 4}});
+                     }},
+           BadConfig{"\"up\" twice in alpha_pattern",
+                     [] {
+                       return lora::LoraConfig().target_modules({"up"}).alpha_pattern({{"up", 2}, {"up", 4}});
+                     }},
            BadConfig{"the part q twice", [] { return lora::LoraConfig().target_modules({"up[q,q]"}); }},
        }) {
     Mlp model;

@@ -3,12 +3,14 @@
 #include <gtest/gtest.h>
 #include <lora/detail/python_regex.h>
 
+#include <optional>
 #include <string>
 
 namespace python_regex_test {
 namespace {
 
 using lora::detail::PythonRegex;
+using lora::detail::PythonSubstitution;
 using ::testing::HasSubstr;
 using ::testing::ThrowsMessage;
 
@@ -88,6 +90,24 @@ TEST(PythonRegex, RefusesWhatWouldUseUpTheStack) {
 TEST(PythonRegex, NamesAnInvalidPattern) {
   for (const std::string pattern : {"(a", "a)", "[a", "*a", "(?:"}) {
     EXPECT_THAT([&] { PythonRegex{pattern}; }, ThrowsMessage<c10::ValueError>(HasSubstr(pattern))) << pattern;
+  }
+}
+
+TEST(PythonSubstitution, IsPythonsReSub) {
+  const auto sub = [](const std::string& pattern, const std::string& replacement, const std::string& text) {
+    return PythonSubstitution(pattern, replacement)(text);
+  };
+  EXPECT_EQ(sub("^model\\.layers", "decoder.blocks", "model.layers.3.q"), "decoder.blocks.3.q");
+  EXPECT_EQ(sub("(a+)(b)", R"(\2$&\1\\)", "xaabyab"), R"(xb$&aa\yb$&a\)");
+  EXPECT_EQ(sub("c", "d", "ab"), std::nullopt);
+  EXPECT_EQ(sub("a*", "d", std::string(100'000, 'a')), std::nullopt) << "too long to search without risk";
+}
+
+TEST(PythonSubstitution, RefusesReplacementsThatPythonReadsInAnotherWay) {
+  for (const auto* replacement : {R"(\g<1>)", R"(\0)", R"(\2)", R"(\11)", R"(\n)", "\\"}) {
+    EXPECT_THAT([&] { PythonSubstitution("(a)", replacement); },
+                ThrowsMessage<c10::ValueError>(HasSubstr("found the replacement")))
+        << replacement;
   }
 }
 

@@ -8,11 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "harness/message_of.h"
 #include "harness/temp_folder.h"
 
 namespace byte_bpe_test {
 namespace {
 
+using harness::message_of;
 using testing::AllOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
@@ -21,12 +23,7 @@ const std::string kVocab = LORA_SOURCE_DIR "/examples/text/small_vocab/vocab.jso
 const std::string kMerges = LORA_SOURCE_DIR "/examples/text/small_vocab/merges.txt";
 
 std::string error_of(const std::string& vocab, const std::string& merges) {
-  try {
-    ByteBpe(vocab, merges);
-  } catch (const FileError& error) {
-    return error.what();
-  }
-  return "no error";
+  return message_of<FileError>([&] { ByteBpe(vocab, merges); });
 }
 
 TEST(ByteBpe, GivesTheTokensOfPythonTokenizers) {

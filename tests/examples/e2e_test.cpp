@@ -5,22 +5,19 @@
 
 #include <string>
 
+#include "harness/message_of.h"
 #include "harness/temp_folder.h"
 
 namespace e2e_test {
 namespace {
 
+using harness::message_of;
 using testing::AllOf;
 using testing::HasSubstr;
 using testing::Not;
 
 std::string error_of(const std::string& path) {
-  try {
-    read_e2e(path);
-  } catch (const FileError& error) {
-    return error.what();
-  }
-  return "no error";
+  return message_of<FileError>([&] { read_e2e(path); });
 }
 
 TEST(E2e, ReadsPairs) {

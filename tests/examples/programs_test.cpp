@@ -102,6 +102,7 @@ TEST_F(Programs, AMissingOrBrokenFileIsOneLineAndExitCodeTwo) {
   expect_error(FINETUNE_GPT2 " --model base --data train.txt --dev missing.txt", "missing.txt");
   expect_error(usual + "--json none/figures.json", "none/figures.json: can't be written");
   expect_error(finetune + base + "--output train.txt/adapter", "train.txt/adapter: can't be written");
+  expect_error(finetune + base + "--method full --output ./base/", "is the folder of --model");
   write_bytes(folder / "broken.txt", "name : A||fine\nno bars\n");
   expect_error(FINETUNE_GPT2 " --model base --dev dev.txt --data broken.txt", "broken.txt: line 2: found no '||'");
   const auto weights = read_bytes(folder / "base/model.safetensors");

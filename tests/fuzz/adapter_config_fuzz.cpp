@@ -3,6 +3,7 @@
 
 #include <c10/util/Exception.h>
 #include <lora/detail/error.h>
+#include <lora/inject/copy_planner.h>
 #include <lora/io/lora_config_json.h>
 #include <lora/methods/lora.h>
 
@@ -33,7 +34,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const lora::LoRA method(config);
     const std::string path = "model.layers.0.self_attn.q_proj";
     method.scaling({path});
-    for (const auto& entry : config.target_modules().entries()) config.target_modules().matches(entry, path);
+    for (const auto& modules : {config.target_modules(), config.exclude_modules()}) {
+      for (const auto& entry : modules.entries()) modules.matches(entry, path);
+    }
+    const auto layers = config.targeting().layers;
+    if (!layers.empty()) layers.contains(path);
+    for (const auto& name : config.modules_to_save()) lora::detail::saves(name, path);
   } catch (const lora::FormatError& error) {
     if (error.problems().empty()) std::abort();
     return 0;

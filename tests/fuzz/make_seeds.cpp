@@ -64,6 +64,16 @@ void configurations(const fs::path& folder) {
                        .use_rslora(true)
                        .lora_dropout(0.25)
                        .init_lora_weights(lora::LoraInit::kGaussian));
+  save("copies", lora::LoraConfig()
+                     .target_modules({"q_proj"})
+                     .layers_to_transform(std::vector<int64_t>{0, 2})
+                     .layers_pattern(std::string("layers"))
+                     .modules_to_save({"score", "self_attn"})
+                     .trainable_token_indices(std::vector<int64_t>{3, 5})
+                     .bias(lora::BiasCopies::kAdaptedOnly)
+                     .lora_bias(true)
+                     .auto_mapping(R"({"base_model_class": "Model"})")
+                     .task_type("SEQ_CLS"));
 }
 
 /// The first byte says whether a file or a pickle follows.

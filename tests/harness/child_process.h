@@ -7,8 +7,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <filesystem>
 #include <random>
 #include <string>
 #include <thread>
@@ -38,9 +40,9 @@ class ChildProcess {
     return !ended_;
   }
 
-  /// Waits until the process has replaced the file one to `most` times, and a moment more, by chance; then kills it.
-  /// False where it ended before.
-  bool kill_after_saves(const std::string& path, std::mt19937& random, uint32_t most) {
+  /// Waits until the process has replaced the file one to `most` times, then a moment more, by chance, or until it
+  /// writes the next one; then kills it. False where it ended before.
+  bool kill_after_saves(const std::string& path, std::mt19937& random, uint32_t most, bool in_a_save = false) {
     auto saves = 1 + random() % most;
     const std::chrono::microseconds moment(static_cast<int>(random() % 4000));
     for (auto last = identity(path); saves > 0;) {
@@ -50,10 +52,19 @@ class ChildProcess {
       last = now;
       std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
-    std::this_thread::sleep_for(moment);
+    if (!in_a_save) std::this_thread::sleep_for(moment);
+    while (in_a_save && running() && !has_unfinished_save(std::filesystem::path(path).parent_path())) {
+    }
     if (!running()) return false;
     kill();
     return WIFSIGNALED(status_);
+  }
+
+  /// Whether a save has begun in the folder, or was killed there.
+  static bool has_unfinished_save(const std::filesystem::path& folder) {
+    const std::filesystem::directory_iterator entries(folder);
+    return std::any_of(begin(entries), end(entries),
+                       [](const auto& entry) { return entry.path().extension() == ".tmp"; });
   }
 
   void kill() {

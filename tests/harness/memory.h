@@ -12,6 +12,8 @@
 #include <fstream>
 #include <memory>
 
+#include "harness/sanitizer.h"
+
 namespace harness {
 
 /// The largest tensor that is allocated on this thread while it lives.
@@ -37,16 +39,12 @@ class LargestAllocation {
 class MemoryLimit {
  public:
   explicit MemoryLimit(size_t bytes) {
-#if !defined(__SANITIZE_ADDRESS__)
+    ::getrlimit(RLIMIT_AS, &before_);
+    if (kAddressSanitizer) return;
     size_t pages = 0;
     std::ifstream("/proc/self/statm") >> pages;
-    ::getrlimit(RLIMIT_AS, &before_);
     const rlimit limit{pages * static_cast<size_t>(::sysconf(_SC_PAGESIZE)) + bytes, before_.rlim_max};
     ::setrlimit(RLIMIT_AS, &limit);
-#else
-    (void)bytes;
-    ::getrlimit(RLIMIT_AS, &before_);
-#endif
   }
   MemoryLimit(const MemoryLimit&) = delete;
   MemoryLimit& operator=(const MemoryLimit&) = delete;

@@ -8,15 +8,15 @@
 
 namespace harness {
 
-/// The message of the exception, LibTorch's without its backtrace; empty where the call returns.
-template <class Function>
+/// The message of the exception, LibTorch's without its backtrace; empty where the call returns. Exceptions that are no
+/// Error pass on.
+template <class Error = std::exception, class Function>
 std::string message_of(const Function& function) {
   try {
     function();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    return error.what();
+  } catch (const Error& error) {
+    const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+    return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
   }
   return "";
 }

@@ -125,6 +125,20 @@ TEST_P(EveryHost, MergesEachWeightWithOneRounding) {
   EXPECT_TRUE(at::equal(plain.forward(x()), merged)) << "the plain model with W'";
 }
 
+TEST_P(EveryHost, MergesWithoutTheBaseToTheSameBits) {
+  const auto at_once = subject(), one_by_one = subject();
+  for (const auto* model : {&at_once, &one_by_one}) {
+    auto adapters = lora::inject(*model->module, config(host()));
+    harness::fill(adapters);
+    if (model == &at_once) adapters.merge_and_unload();
+    if (model == &one_by_one) adapters.merge(lora::MergeOptions().keep_base(false));
+  }
+  EXPECT_NE(harness::base_bytes(*one_by_one.module), harness::base_bytes(*subject().module));
+  EXPECT_EQ(harness::base_bytes(*one_by_one.module), harness::base_bytes(*at_once.module));
+  EXPECT_TRUE(at::equal(one_by_one.forward(x()), at_once.forward(x())));
+  EXPECT_THROW(lora::adapters_of(*one_by_one.module), lora::StateError);
+}
+
 TEST_P(EveryHost, MergesSomeOfTheActiveAdapters) {
   const auto model = subject();
   auto adapters = lora::inject(*model.module, config(host()));

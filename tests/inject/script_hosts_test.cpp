@@ -186,16 +186,21 @@ TEST_P(ScriptHosts, UnloadGivesTheModelBackAndItsExecutorOptimisesAgain) {
   EXPECT_TRUE(at::equal(run(model_, x_), expected));
 }
 
-TEST_P(ScriptHosts, MergeAndUnloadLeavesAPlainModelThatSavesAndLoads) {
-  auto adapters = inject_filled();
-  ScriptOracle oracle(GetParam(), adapters, {{"default", 7.0 / 3}});
-  adapters.merge_and_unload();
-  EXPECT_LE(difference(run(model_, x_), oracle.forward(x_)), kTolerance);
-  std::stringstream archive;
-  model_.save(archive);
-  auto loaded = torch::jit::load(archive);
-  EXPECT_LE(difference(run(loaded, x_), oracle.forward(x_)), kTolerance);
-  EXPECT_THROW(lora::adapters_of(model_), lora::StateError);
+TEST_P(ScriptHosts, MergedForGoodIsAPlainModelThatSavesAndLoads) {
+  const auto plain = model_.deepcopy();
+  for (const bool one_by_one : {false, true}) {
+    model_ = plain.deepcopy();
+    auto adapters = inject_filled();
+    ScriptOracle oracle(GetParam(), adapters, {{"default", 7.0 / 3}});
+    if (one_by_one) adapters.merge(lora::MergeOptions().keep_base(false));
+    if (!one_by_one) adapters.merge_and_unload();
+    EXPECT_LE(difference(run(model_, x_), oracle.forward(x_)), kTolerance);
+    std::stringstream archive;
+    model_.save(archive);
+    auto loaded = torch::jit::load(archive);
+    EXPECT_LE(difference(run(loaded, x_), oracle.forward(x_)), kTolerance);
+    EXPECT_THROW(lora::adapters_of(model_), lora::StateError);
+  }
 }
 
 TEST_P(ScriptHosts, SeveralAdaptersSwitchAndMergeInPart) {

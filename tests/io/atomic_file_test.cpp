@@ -4,20 +4,26 @@
 #include <lora/detail/error.h>
 #include <signal.h>
 #include <sys/mount.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "harness/message_of.h"
+#include "harness/system_limits.h"
 #include "harness/temp_folder.h"
 
 namespace atomic_file_test {
 namespace {
 
+using harness::FileSizeLimit;
+using harness::message_of;
+using harness::NotRoot;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 namespace fs = std::filesystem;
@@ -36,47 +42,6 @@ void replace(const std::string& path, const std::string& content) {
 }
 
 /// The text of the error that `action` has to end in.
-template <class Action>
-std::string error_of(Action action) {
-  try {
-    action();
-  } catch (const lora::FormatError& error) {
-    return error.what_without_backtrace();
-  }
-  ADD_FAILURE() << "expected a FormatError";
-  return "";
-}
-
-/// Files of this process cannot grow beyond `bytes` while it lives: the write fails as it does on a full disk.
-class FileSizeLimit {
- public:
-  explicit FileSizeLimit(rlim_t bytes) : handler_(::signal(SIGXFSZ, SIG_IGN)) {
-    ::getrlimit(RLIMIT_FSIZE, &before_);
-    const rlimit limit{bytes, before_.rlim_max};
-    ::setrlimit(RLIMIT_FSIZE, &limit);
-  }
-  ~FileSizeLimit() {
-    ::setrlimit(RLIMIT_FSIZE, &before_);
-    ::signal(SIGXFSZ, handler_);
-  }
-
- private:
-  rlimit before_{};
-  sighandler_t handler_;
-};
-
-/// Root may write anywhere: while it lives the process is nobody.
-class NotRoot {
- public:
-  NotRoot() : was_root_(::geteuid() == 0 && ::seteuid(65534) == 0) {}
-  ~NotRoot() {
-    if (was_root_ && ::seteuid(0) != 0) ::abort();
-  }
-
- private:
-  bool was_root_;
-};
-
 TEST(AtomicFile, AppearsOnlyWithCommit) {
   TempFolder folder;
   const std::string path = folder / "file";
@@ -113,6 +78,53 @@ TEST(AtomicFile, TwoWritersOfOnePathDoNotMix) {
   EXPECT_THAT(names_in(folder.path()), ElementsAre("file"));
 }
 
+TEST(AtomicFile, WhoseTemporaryIsRemovedUnderWay) {
+  TempFolder folder;
+  write_bytes(folder / "file", "old");
+  lora::detail::AtomicFile file(folder / "file");
+  file.write("new");
+  for (const auto& name : names_in(folder.path())) {
+    if (name != "file") fs::remove(folder / name);
+  }
+  EXPECT_THAT(message_of<lora::SystemError>([&] { file.commit(); }), HasSubstr("its temporary file was removed"));
+  EXPECT_EQ(read_bytes(folder / "file"), "old");
+}
+
+TEST(AtomicFile, RemovesWhatAKilledWriterLeft) {
+  TempFolder folder;
+  int ready[2];
+  ASSERT_EQ(::pipe(ready), 0);
+  const auto child = ::fork();
+  if (child == 0) {
+    lora::detail::AtomicFile file(folder / "file");
+    file.write("half");
+    if (::write(ready[1], "x", 1) != 1) ::_exit(1);
+    for (;;) ::pause();
+  }
+  char signal = 0;
+  ASSERT_EQ(::read(ready[0], &signal, 1), 1);
+  replace(folder / "other", "new");
+  EXPECT_EQ(names_in(folder.path()).size(), 2U) << "the child's file is being written";
+  ::kill(child, SIGKILL);
+  ASSERT_EQ(::waitpid(child, nullptr, 0), child);
+  EXPECT_EQ(names_in(folder.path()).size(), 2U);
+  write_bytes(folder / ".lora-mine", "a user's");
+  replace(folder / "other", "newer");
+  EXPECT_THAT(names_in(folder.path()), ElementsAre(".lora-mine", "other"));
+}
+
+TEST(AtomicFile, ManyWritersInOneFolderLeaveEachOtherAlone) {
+  TempFolder folder;
+  std::vector<std::thread> writers;
+  for (int writer = 0; writer < 4; ++writer) {
+    writers.emplace_back([&, path = folder / std::to_string(writer)] {
+      for (int i = 0; i < 200; ++i) replace(path, std::to_string(i));
+    });
+  }
+  for (auto& writer : writers) writer.join();
+  EXPECT_THAT(names_in(folder.path()), ElementsAre("0", "1", "2", "3"));
+}
+
 TEST(AtomicFile, RelativePathAndAccessRights) {
   TempFolder folder;
   const fs::path before = fs::current_path();
@@ -140,7 +152,7 @@ TEST(AtomicFile, ReplacesALinkAndNotItsTarget) {
 void expect_no_room(const fs::path& folder, const std::string& reason) {
   const std::string path = folder / "file";
   write_bytes(path, "old");
-  EXPECT_THAT(error_of([&] { replace(path, std::string(200'000, 'x')); }),
+  EXPECT_THAT(message_of<lora::FormatError>([&] { replace(path, std::string(200'000, 'x')); }),
               ::testing::AllOf(HasSubstr(path), HasSubstr(reason)));
   EXPECT_EQ(read_bytes(path), "old");
   EXPECT_THAT(names_in(folder), ElementsAre("file"));
@@ -165,7 +177,7 @@ TEST(AtomicFile, ReadOnlyFolder) {
   ASSERT_EQ(::chmod(folder.path().c_str(), 0555), 0);
   {
     NotRoot guard;
-    EXPECT_THAT(error_of([&] { replace(path, "new"); }),
+    EXPECT_THAT(message_of<lora::FormatError>([&] { replace(path, "new"); }),
                 ::testing::AllOf(HasSubstr(path), HasSubstr("Permission denied")));
   }
   EXPECT_EQ(read_bytes(path), "old");
@@ -174,23 +186,25 @@ TEST(AtomicFile, ReadOnlyFolder) {
 
 TEST(AtomicFile, FolderThatIsMissingOrRemovedMeanwhile) {
   TempFolder folder;
-  EXPECT_THAT(error_of([&] { replace(folder / "none/file", "new"); }), HasSubstr("No such file or directory"));
+  EXPECT_THAT(message_of<lora::FormatError>([&] { replace(folder / "none/file", "new"); }),
+              HasSubstr("No such file or directory"));
   write_bytes(folder / "plain", "");
-  EXPECT_THAT(error_of([&] { replace(folder / "plain/file", "new"); }), HasSubstr("Not a directory"));
+  EXPECT_THAT(message_of<lora::FormatError>([&] { replace(folder / "plain/file", "new"); }),
+              HasSubstr("Not a directory"));
 
   fs::create_directory(folder / "gone");
   lora::detail::AtomicFile file(folder / "gone/file");
   file.write("new");
   fs::remove_all(folder / "gone");
-  EXPECT_THAT(error_of([&] { file.commit(); }), HasSubstr("No such file or directory"));
+  EXPECT_THAT(message_of<lora::FormatError>([&] { file.commit(); }), HasSubstr("No such file or directory"));
 }
 
 TEST(AtomicFile, PathThatIsAFolder) {
   TempFolder folder;
   fs::create_directory(folder / "taken");
-  EXPECT_THAT(error_of([&] { replace(folder / "taken", "new"); }), HasSubstr("Is a directory"));
-  EXPECT_THAT(error_of([&] { replace(folder / "taken/", "new"); }), HasSubstr("names no file"));
-  EXPECT_THAT(error_of([] { replace("", "new"); }), HasSubstr("names no file"));
+  EXPECT_THAT(message_of<lora::FormatError>([&] { replace(folder / "taken", "new"); }), HasSubstr("Is a directory"));
+  EXPECT_THAT(message_of<lora::FormatError>([&] { replace(folder / "taken/", "new"); }), HasSubstr("names no file"));
+  EXPECT_THAT(message_of<lora::FormatError>([] { replace("", "new"); }), HasSubstr("names no file"));
   EXPECT_THAT(names_in(folder.path()), ElementsAre("taken"));
 }
 

@@ -14,14 +14,19 @@
 #include <string>
 #include <vector>
 
+#include "harness/expect_same_bits.h"
+#include "harness/message_of.h"
 #include "harness/temp_folder.h"
 
 namespace checkpoint_test {
 namespace {
 
+using harness::expect_same_bits;
+using harness::message_of;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Pair;
 using Tensors = std::map<std::string, torch::Tensor>;
 
 std::vector<std::string> names_in(const TempFolder& folder) {
@@ -40,22 +45,8 @@ Tensors five(float value) {
   return tensors;
 }
 
-void expect_equal(const Tensors& found, const Tensors& expected) {
-  ASSERT_EQ(found.size(), expected.size());
-  for (const auto& [name, tensor] : expected) EXPECT_TRUE(torch::equal(found.at(name), tensor)) << name;
-}
-
-template <class Action>
-std::string error_of(const Action& action) {
-  try {
-    action();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
-}
 std::string error_of_loading(const std::string& path) {
-  return error_of([&] { lora::load_checkpoint(path); });
+  return message_of<lora::FormatError>([&] { lora::load_checkpoint(path); });
 }
 
 lora::SaveCheckpointOptions shards_of(int64_t bytes) { return lora::SaveCheckpointOptions().max_shard_bytes(bytes); }
@@ -65,13 +56,13 @@ TEST(Checkpoint, OneFileOrShards) {
   const auto directory = folder.path().string();
   lora::save_checkpoint(five(1), directory);
   EXPECT_THAT(names_in(folder), ElementsAre("model.safetensors"));
-  expect_equal(lora::load_checkpoint(directory), five(1));
+  expect_same_bits(lora::load_checkpoint(directory), five(1));
 
   lora::save_checkpoint(five(2), directory, shards_of(100));
   EXPECT_THAT(names_in(folder), ElementsAre("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
                                             "model-00003-of-00003.safetensors", "model.safetensors.index.json"));
-  expect_equal(lora::load_checkpoint(directory), five(2));
-  expect_equal(lora::load_checkpoint(folder / "model.safetensors.index.json"), five(2));
+  expect_same_bits(lora::load_checkpoint(directory), five(2));
+  expect_same_bits(lora::load_checkpoint(folder / "model.safetensors.index.json"), five(2));
   EXPECT_EQ(read_bytes(folder / "model.safetensors.index.json"), R"({
   "metadata": {
     "total_size": 200
@@ -85,17 +76,17 @@ TEST(Checkpoint, OneFileOrShards) {
   }
 }
 )");
-  EXPECT_EQ(lora::load_safetensors_with_metadata(folder / "model-00001-of-00003.safetensors").metadata,
-            (std::map<std::string, std::string>{{"format", "pt"}}));
+  const auto metadata = lora::load_safetensors_with_metadata(folder / "model-00001-of-00003.safetensors").metadata;
+  EXPECT_THAT(metadata, ElementsAre(Pair("format", "pt"), Pair("lora.crc32", HasSubstr("__metadata__"))));
 
   lora::save_checkpoint(five(3), directory, shards_of(1));
   EXPECT_EQ(names_in(folder).size(), 6u);
-  expect_equal(lora::load_checkpoint(directory), five(3));
+  expect_same_bits(lora::load_checkpoint(directory), five(3));
 
   write_bytes(folder / "config.json", "{}");
   lora::save_checkpoint(five(4), directory, shards_of(200));
   EXPECT_THAT(names_in(folder), ElementsAre("config.json", "model.safetensors"));
-  expect_equal(lora::load_checkpoint(directory), five(4));
+  expect_same_bits(lora::load_checkpoint(directory), five(4));
 
   lora::save_checkpoint({}, folder / "new/none");
   EXPECT_TRUE(lora::load_checkpoint(folder / "new/none").empty());
@@ -106,8 +97,8 @@ TEST(Checkpoint, ReadsEveryKindOfFile) {
   const auto directory = folder.path().string();
   const auto expect_of = [&](const std::string& name, float value) {
     SCOPED_TRACE(name);
-    expect_equal(lora::load_checkpoint(folder / name), five(value));
-    expect_equal(lora::load_checkpoint(directory), five(value));
+    expect_same_bits(lora::load_checkpoint(folder / name), five(value));
+    expect_same_bits(lora::load_checkpoint(directory), five(value));
   };
   // Each is preferred to those before it.
   const auto part = [](Tensors tensors, const std::vector<std::string>& names) {
@@ -131,7 +122,7 @@ TEST(Checkpoint, ReadsEveryKindOfFile) {
   expect_of("model.safetensors", 4);
   for (const char* name : {"m.pt", "m.pth"}) {
     lora::save_torch_pickle(five(5), folder / name);
-    expect_equal(lora::load_checkpoint(folder / name), five(5));
+    expect_same_bits(lora::load_checkpoint(folder / name), five(5));
   }
 }
 
@@ -153,7 +144,7 @@ TEST(Checkpoint, TheShardsHaveToBeWhatTheIndexSays) {
   lora::save_safetensors({{"a", torch::ones({1})}, {"b", torch::ones({1})}}, folder / "1.safetensors");
   lora::save_safetensors({{"c", torch::ones({1})}}, folder / "2.safetensors");
   write_bytes(folder / "3.safetensors", "broken");
-  EXPECT_EQ(error(R"({"weight_map":{"a":"1.safetensors","b":"1.safetensors","c":"2.safetensors"}})"), "no error");
+  EXPECT_EQ(error(R"({"weight_map":{"a":"1.safetensors","b":"1.safetensors","c":"2.safetensors"}})"), "");
   EXPECT_THAT(error(R"({"weight_map":{"a":"1.safetensors","c":"1.safetensors","d":"2.safetensors","e":"3.safetensors",)"
                     R"("f":"none.safetensors"}})"),
               AllOf(HasSubstr("6 problems"), HasSubstr("found no tensor c in 1.safetensors"),
@@ -183,14 +174,14 @@ TEST(Checkpoint, LeavesOutTiedTensors) {
   };
   lora::save_checkpoint(tensors, directory, tied("b", "a"));
   tensors.erase("b");
-  expect_equal(lora::load_checkpoint(directory), tensors);
+  expect_same_bits(lora::load_checkpoint(directory), tensors);
   tensors["c"] = torch::zeros({10});
   for (const auto& [options, message] : std::map<std::string, std::string>{
            {"c", "found different values in c and a"}, {"x", "found tied(x to a)"}, {"a", "found tied(a to a)"}}) {
-    EXPECT_THAT(error_of([&, name = options] { lora::save_checkpoint(tensors, directory, tied(name, "a")); }),
+    EXPECT_THAT(message_of([&, name = options] { lora::save_checkpoint(tensors, directory, tied(name, "a")); }),
                 HasSubstr(message));
   }
-  EXPECT_THAT(error_of([&] { lora::save_checkpoint(tensors, directory, shards_of(0)); }),
+  EXPECT_THAT(message_of([&] { lora::save_checkpoint(tensors, directory, shards_of(0)); }),
               HasSubstr("max_shard_bytes = 0"));
 }
 
@@ -205,7 +196,7 @@ TEST(Checkpoint, FailedSaveLeavesTheOldFiles) {
   tensors["e"] = torch::zeros({100'000});
   tensors["f"] = torch::eye(3).to_sparse();
   tensors["g"] = torch::Tensor();
-  EXPECT_THAT(error_of([&] { lora::save_checkpoint(tensors, directory); }),
+  EXPECT_THAT(message_of([&] { lora::save_checkpoint(tensors, directory); }),
               AllOf(HasSubstr("'f' is sparse"), HasSubstr("'g' is undefined")));
   tensors.erase("f");
   tensors.erase("g");
@@ -214,12 +205,12 @@ TEST(Checkpoint, FailedSaveLeavesTheOldFiles) {
   ::getrlimit(RLIMIT_FSIZE, &unlimited);
   const rlimit limit{100'000, unlimited.rlim_max};
   ::setrlimit(RLIMIT_FSIZE, &limit);
-  const auto error = error_of([&] { lora::save_checkpoint(tensors, directory, shards_of(100)); });
+  const auto error = message_of([&] { lora::save_checkpoint(tensors, directory, shards_of(100)); });
   ::setrlimit(RLIMIT_FSIZE, &unlimited);
   ::signal(SIGXFSZ, handler);
   EXPECT_THAT(error, HasSubstr("File too large"));
   EXPECT_EQ(names_in(folder), before);
-  expect_equal(lora::load_checkpoint(directory), five(1));
+  expect_same_bits(lora::load_checkpoint(directory), five(1));
 }
 
 TEST(Checkpoint, AKilledSaveNeverMixesTwoModels) {
@@ -239,12 +230,12 @@ TEST(Checkpoint, AKilledSaveNeverMixesTwoModels) {
     ::kill(child, SIGKILL);
     ASSERT_EQ(::waitpid(child, nullptr, 0), child);
     Tensors loaded;
-    const auto error = error_of([&] { loaded = lora::load_checkpoint(directory); });
-    if (error != "no error") {
+    const auto error = message_of([&] { loaded = lora::load_checkpoint(directory); });
+    if (!error.empty()) {
       EXPECT_THAT(error, HasSubstr("found none of model.safetensors")) << trial;
       continue;
     }
-    expect_equal(loaded, five(loaded.at("a")[0].item<float>()));
+    expect_same_bits(loaded, five(loaded.at("a")[0].item<float>()));
   }
 }
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "harness/expect_same_bits.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 #include "oracles/models.h"
@@ -20,6 +21,7 @@
 namespace convert_adapter_test {
 namespace {
 
+using harness::expect_same_bits;
 using lora::AdapterFormat;
 using nlohmann::json;
 using ::testing::AllOf;
@@ -31,16 +33,6 @@ using ::testing::UnorderedElementsAre;
 using Tensors = std::map<std::string, at::Tensor>;
 
 const std::string kGolden = LORA_SOURCE_DIR "/tests/golden/";
-
-void expect_same_bits(const Tensors& found, const Tensors& expected) {
-  ASSERT_EQ(found.size(), expected.size());
-  for (const auto& [name, tensor] : expected) {
-    ASSERT_EQ(found.count(name), 1U) << name;
-    EXPECT_EQ(found.at(name).scalar_type(), tensor.scalar_type()) << name;
-    EXPECT_EQ(found.at(name).sizes(), tensor.sizes()) << name;
-    EXPECT_TRUE(harness::bytes_of(found.at(name)) == harness::bytes_of(tensor)) << name;
-  }
-}
 
 /// The tensors of a PEFT directory, without those that PEFT's bias "all" writes twice.
 Tensors tensors_of(const std::string& directory) {

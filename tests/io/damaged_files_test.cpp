@@ -5,16 +5,16 @@
 #include <gtest/gtest.h>
 #include <lora/adapters.h>
 #include <lora/io/checkpoint.h>
+#include <lora/io/convert_adapter.h>
 #include <lora/io/safetensors.h>
 #include <lora/io/torch_pickle.h>
 
 #include <filesystem>
-#include <functional>
 #include <map>
-#include <random>
 #include <string>
 
-#include "harness/memory.h"
+#include "harness/damage.h"
+#include "harness/expect_same_bits.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 #include "oracles/models.h"
@@ -22,50 +22,9 @@
 namespace damaged_files_test {
 namespace {
 
+using harness::damage;
+using harness::expect_same_bits;
 using Tensors = std::map<std::string, at::Tensor>;
-
-/// How many of the damaged files were loaded all the same.
-struct Loaded {
-  int cut = 0;
-  int flipped = 0;
-};
-
-/// Calls `load` with 500 beginnings of a file in its place and 500 times with one to three bits of it flipped, every
-/// second time near its beginning. It has to throw a FormatError or a ValueError, or to load something.
-Loaded damage(const std::string& path, const std::function<void()>& load) {
-  constexpr int kTrials = 500;
-  constexpr size_t kMemory = size_t{256} << 20, kBeginning = 1000;
-  const auto intact = read_bytes(path);
-  load();
-  std::mt19937 random(20260109);
-  const auto below = [&](size_t n) { return std::uniform_int_distribution<size_t>(0, n - 1)(random); };
-  const auto loads = [&](const std::string& bytes) {
-    write_bytes(path, bytes);
-    try {
-      load();
-      return 1;
-    } catch (const lora::FormatError&) {
-    } catch (const c10::ValueError&) {
-    }
-    return 0;
-  };
-  Loaded loaded;
-  const harness::LargestAllocation allocations;
-  const harness::MemoryLimit limit(kMemory);
-  for (int trial = 0; trial < kTrials; ++trial) loaded.cut += loads(intact.substr(0, below(intact.size())));
-  for (int trial = 0; trial < kTrials; ++trial) {
-    auto flipped = intact;
-    const size_t places = trial % 2 == 0 ? intact.size() : std::min(intact.size(), kBeginning);
-    for (size_t i = 0; i <= below(3); ++i) {
-      auto& byte = flipped[below(places)];
-      byte = static_cast<char>(byte ^ (1 << below(8)));
-    }
-    loaded.flipped += loads(flipped);
-  }
-  EXPECT_LE(allocations.bytes(), static_cast<int64_t>(intact.size()) + 4096);
-  write_bytes(path, intact);
-  return loaded;
-}
 
 Tensors example() {
   const auto shared = torch::randn({7, 5});
@@ -82,11 +41,6 @@ void touch(const Tensors& tensors) {
   for (const auto& [name, tensor] : tensors) sum = sum + static_cast<double>(harness::bytes_of(tensor).size());
 }
 
-void expect_equal(const Tensors& found, const Tensors& expected) {
-  ASSERT_EQ(found.size(), expected.size());
-  for (const auto& [name, tensor] : expected) EXPECT_TRUE(torch::equal(found.at(name), tensor)) << name;
-}
-
 TEST(DamagedFiles, Safetensors) {
   TempFolder folder;
   const auto path = folder / "file.safetensors";
@@ -100,7 +54,7 @@ TEST(DamagedFiles, TorchPicklesAreWhatTheyWere) {
   const auto tensors = example();
   lora::save_torch_pickle(tensors, path);
   // Bits that say nothing here can flip: dates, padding.
-  EXPECT_EQ(damage(path, [&] { expect_equal(lora::load_torch_pickle(path), tensors); }).cut, 0);
+  EXPECT_EQ(damage(path, [&] { expect_same_bits(lora::load_torch_pickle(path), tensors); }).cut, 0);
 }
 
 TEST(DamagedFiles, TorchPicklesWithoutChecksums) {
@@ -122,21 +76,35 @@ TEST(DamagedFiles, IndexesOfShardsGiveWhatTheyGave) {
   TempFolder folder;
   const auto tensors = example();
   lora::save_checkpoint(tensors, folder.path().string(), lora::SaveCheckpointOptions().max_shard_bytes(300));
-  const auto load = [&] { expect_equal(lora::load_checkpoint(folder.path().string()), tensors); };
+  const auto load = [&] { expect_same_bits(lora::load_checkpoint(folder.path().string()), tensors); };
   damage(folder / "model.safetensors.index.json", load);
 }
 
-/// A PEFT directory and the model that it is for.
+TEST(DamagedFiles, ShardsHaveChecksums) {
+  TempFolder folder;
+  const auto tensors = example();
+  lora::save_checkpoint(tensors, folder.path().string(), lora::SaveCheckpointOptions().max_shard_bytes(300));
+  const auto load = [&] { lora::load_checkpoint(folder.path().string()); };
+  const auto shard = folder / "model-00001-of-00003.safetensors";
+  ASSERT_TRUE(std::filesystem::exists(shard));
+  const auto loaded = damage(shard, load);
+  EXPECT_EQ(loaded.cut + loaded.flipped, 0);
+}
+
+/// An adapter on disk and the model that it is for.
 class DamagedAdapter : public ::testing::Test {
  protected:
   DamagedAdapter() { before_ = harness::parameter_state(*model_); }
 
   /// Damages one of the directory's files; the model is the same after each.
-  Loaded damage_file(const std::string& name) {
-    const auto directory = folder_.path().string();
+  harness::LoadedDamage damage_file(const std::string& name) {
+    return damage_file(name, [&] { return lora::load(*model_, folder_.path().string()); });
+  }
+  template <class Load>
+  harness::LoadedDamage damage_file(const std::string& name, const Load& load) {
     return damage(folder_ / name, [&] {
       try {
-        auto adapters = lora::load(*model_, directory);
+        lora::Adapters adapters = load();
         EXPECT_TRUE(at::isfinite(model_->forward(x_)).all().item<bool>());
         adapters.unload();
       } catch (...) {
@@ -159,6 +127,39 @@ TEST_F(DamagedAdapter, OfPeft) {
   }
   damage_file("adapter_config.json");
   EXPECT_EQ(damage_file("adapter_model.safetensors").cut, 0);
+}
+
+TEST_F(DamagedAdapter, OfPeftAsAPickle) {
+  lora::convert_adapter(LORA_SOURCE_DIR "/tests/golden/mlp/plain", folder_.path().string(),
+                        lora::AdapterFormat::kPeftPickle);
+  damage_file("adapter_config.json");
+  EXPECT_EQ(damage_file("adapter_model.bin").cut, 0);
+}
+
+TEST_F(DamagedAdapter, OfLoralib) {
+  lora::save_torch_pickle(
+      {{"up.lora_A", harness::normal({3, 12}, 1, at::kFloat)}, {"up.lora_B", harness::normal({20, 3}, 2, at::kFloat)}},
+      folder_ / "lora.pt");
+  const auto config = lora::LoraConfig().r(3).lora_alpha(7).target_modules({"up"});
+  EXPECT_EQ(damage_file("lora.pt", [&] { return lora::load(*model_, folder_ / "lora.pt", config); }).cut, 0);
+}
+
+TEST_F(DamagedAdapter, IsNotConverted) {
+  const TempFolder source;
+  for (const auto* name : {"adapter_config.json", "adapter_model.safetensors"}) {
+    std::filesystem::copy(std::string(LORA_SOURCE_DIR "/tests/golden/mlp/plain/") + name, source / name);
+  }
+  const auto convert = [&] {
+    std::filesystem::remove_all(folder_ / "out");
+    try {
+      lora::convert_adapter(source.path().string(), folder_ / "out", lora::AdapterFormat::kPeftPickle);
+    } catch (...) {
+      EXPECT_FALSE(std::filesystem::exists(folder_ / "out"));
+      throw;
+    }
+  };
+  EXPECT_EQ(damage(source / "adapter_model.safetensors", convert).cut, 0);
+  damage(source / "adapter_config.json", convert);
 }
 
 TEST_F(DamagedAdapter, OfOurs) {

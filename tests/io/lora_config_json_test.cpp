@@ -62,6 +62,17 @@ TEST(LoraConfigJson, ReadsEveryKeyOfPefts) {
   }
 }
 
+TEST(LoraConfigJson, TakesWhatOtherProgramsWrite) {
+  for (
+      const char* const text :
+      {R"({"peft_type": "LORA", "target_modules": ["q"], "fan_in_fan_out": null, "use_rslora": null})",
+       R"({"peft_type": "LORA", "target_modules": ["q"], "init_lora_weights": "mica"})",
+       R"({"peft_type": "LORA", "target_modules": ["q"], "init_lora_weights": true, "corda_config": {"cache_file": "x"},
+            "lora_ga_config": {"scale": "stable"}})"}) {
+    EXPECT_THAT(read(Json::parse(text)).problems, IsEmpty()) << text;
+  }
+}
+
 TEST(LoraConfigJson, RefusesByNameWhatItDoesNotCompute) {
   EXPECT_THAT(read(golden("beyond_lora")).problems, ::testing::ElementsAre(HasSubstr("use_dora")));
   const auto replicated =

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <lora/adapters.h>
 #include <lora/io/checksum.h>
+#include <lora/io/describe_adapter.h>
 #include <lora/io/safetensors.h>
 #include <sys/resource.h>
 
@@ -29,6 +30,7 @@ using lora::LoraConfig;
 using nlohmann::json;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::IsEmpty;
 using Tensors = std::map<std::string, at::Tensor>;
 
 const std::string kPlain = LORA_SOURCE_DIR "/tests/golden/mlp/plain";
@@ -98,6 +100,29 @@ TEST_F(PeftFolder, IsNotReplacedByAnAdapterThatDiverged) {
                                                               HasSubstr("lora_A, expected finite ones at down"),
                                                               HasSubstr("nothing was written"))));
   EXPECT_EQ(read_bytes(folder_ / "adapter_config.json"), config);
+  EXPECT_EQ(read_bytes(folder_ / "adapter_model.safetensors"), tensors);
+}
+
+TEST_F(PeftFolder, OfSeveralAdaptersIsWrittenWhereAllCanBe) {
+  auto adapters = lora::load(*model_, directory_);
+  adapters.add(LoraConfig().r(2).target_modules({"up"}), "other");
+  {
+    const at::NoGradGuard no_grad;
+    for (const auto& [name, tensor] : adapters.named_tensors("default")) tensor.fill_(1);
+    adapters.named_tensors("other")[0].second.fill_(std::nan(""));
+  }
+  const auto tensors = read_bytes(folder_ / "adapter_model.safetensors");
+  EXPECT_THROW(adapters.save(directory_), c10::ValueError);
+  EXPECT_EQ(read_bytes(folder_ / "adapter_model.safetensors"), tensors) << "the first adapter's";
+}
+
+TEST_F(PeftFolder, KeepsItsTensorsWhereTheConfigurationCannotBeReplaced) {
+  auto adapters = lora::load(*model_, directory_);
+  harness::fill(adapters);
+  const auto tensors = read_bytes(folder_ / "adapter_model.safetensors");
+  std::filesystem::remove(folder_ / "adapter_config.json");
+  std::filesystem::create_directory(folder_ / "adapter_config.json");
+  EXPECT_THROW(adapters.save(directory_), lora::SystemError);
   EXPECT_EQ(read_bytes(folder_ / "adapter_model.safetensors"), tensors);
 }
 
@@ -245,7 +270,7 @@ TEST_F(PeftFolder, WithValuesOutOfRange) {
                                                            {"rank_pattern", {{"up", 0}}},
                                                            {"alpha_pattern", {{"up", "x"}}},
                                                            {"target_modules", {1, 2}},
-                                                           {"target_modules", "(?<=x)up"},
+                                                           {"target_modules", "(up"},
                                                            {"target_modules", nullptr},
                                                            {"peft_type", "IA3"},
                                                            {"peft_type", nullptr}};
@@ -255,6 +280,24 @@ TEST_F(PeftFolder, WithValuesOutOfRange) {
     edit_config([&, key = key, value = value](json& config) { config[key] = value; });
     EXPECT_FALSE(problems().empty()) << key << " = " << value;
   }
+}
+
+TEST_F(PeftFolder, WithAPatternThatOnlyPythonReadsGoesByItsTensors) {
+  const auto x = harness::normal({3, 12}, 5, at::kFloat);
+  lora::load(*model_, directory_);
+  const auto expected = model_->forward(x);
+  auto plain = lora::adapters_of(*model_);
+  plain.unload();
+  edit_config([](json& config) {
+    config["target_modules"] = "(?i)(?P<name>.*)(?<=u)p|down";
+    config["exclude_modules"] = "(?>none)";
+  });
+  auto adapters = lora::load(*model_, directory_);
+  EXPECT_TRUE(at::equal(model_->forward(x), expected));
+  EXPECT_THAT(adapters.report().notes,
+              ::testing::UnorderedElementsAre(HasSubstr("target_modules is passed over, the tensors choose"),
+                                              HasSubstr("exclude_modules is passed over, the tensors choose")));
+  EXPECT_THAT(lora::describe_adapter(directory_).problems, IsEmpty());
 }
 
 TEST_F(PeftFolder, WithKeysThatChangeTheMeaning) {

@@ -17,11 +17,13 @@
 #include <vector>
 
 #include "harness/memory.h"
+#include "harness/message_of.h"
 #include "harness/temp_folder.h"
 
 namespace safetensors_test {
 namespace {
 
+using harness::message_of;
 using ::testing::HasSubstr;
 using Tensors = std::map<std::string, torch::Tensor>;
 
@@ -33,21 +35,11 @@ std::string file_bytes(const std::string& header, const std::string& data) {
 }
 
 std::string error_of_loading(const std::string& path) {
-  try {
-    lora::load_safetensors(path);
-  } catch (const lora::FormatError& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
+  return message_of<lora::FormatError>([&] { lora::load_safetensors(path); });
 }
 
 std::string error_of_saving(const Tensors& tensors, const std::string& path) {
-  try {
-    lora::save_safetensors(tensors, path);
-  } catch (const lora::FormatError& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
+  return message_of<lora::FormatError>([&] { lora::save_safetensors(tensors, path); });
 }
 
 // ---- round trips ----

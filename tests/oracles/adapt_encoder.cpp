@@ -1,6 +1,6 @@
 // adapt_encoder ENCODER.pt DATA OUT: adapts a traced sentence encoder that its executor has already optimised, by a
-// contrastive loss on pairs of sentences, checks the laws on the way, and leaves adapter and outputs for
-// encoder_adapts.py.
+// contrastive loss on pairs of sentences, checks the laws on the way, and leaves adapter, merged encoder and outputs
+// for encoder_adapts.py.
 
 #include <ATen/ATen.h>
 #include <lora/adapters.h>        // defines: inject, Adapters, LoraConfig, param_groups
@@ -9,13 +9,13 @@
 #include <torch/optim/adamw.h>
 
 #include <cstdio>
-#include <exception>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "harness/script.h"  // defines: is_optimised, script_state
+#include "harness/script.h"   // defines: is_optimised, script_state
+#include "oracles/program.h"  // defines: run_program
 
 namespace {
 
@@ -74,6 +74,7 @@ void adapt(const std::string& model, const std::string& data_file, const std::st
   const auto adapted = embed(encoder, data, "a").detach();
   adapters.merge();
   require(at::allclose(embed(encoder, data, "a"), adapted, 1e-5, 1e-6), "merged differs from unmerged");
+  encoder.save(out + "/merged.pt");
   adapters.unmerge();
   require(at::equal(embed(encoder, data, "a"), adapted), "unmerge is not exact");
   adapters.save(out + "/adapter");
@@ -88,13 +89,5 @@ void adapt(const std::string& model, const std::string& data_file, const std::st
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) return std::fputs("usage: adapt_encoder ENCODER.pt DATA OUT\n", stderr), 2;
-  try {
-    adapt(argv[1], argv[2], argv[3]);
-  } catch (const c10::Error& error) {
-    return std::fprintf(stderr, "error: %s\n", error.what_without_backtrace()), 2;
-  } catch (const std::exception& error) {
-    return std::fprintf(stderr, "error: %s\n", error.what()), 2;
-  }
-  return 0;
+  return run_program(argc == 4, "adapt_encoder ENCODER.pt DATA OUT", [&] { adapt(argv[1], argv[2], argv[3]); });
 }

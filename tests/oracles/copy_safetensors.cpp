@@ -2,17 +2,11 @@
 
 #include <lora/io/safetensors.h>
 
-#include <cstdio>
-#include <exception>
+#include "oracles/program.h"  // defines: run_program
 
 int main(int argc, char** argv) {
-  if (argc != 3) return std::fputs("usage: copy_safetensors IN OUT\n", stderr), 2;
-  try {
+  return run_program(argc == 3, "copy_safetensors IN OUT", [&] {
     const lora::SafetensorsFile file = lora::load_safetensors_with_metadata(argv[1]);
     lora::save_safetensors(file.tensors, argv[2], file.metadata);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-    return 2;
-  }
-  return 0;
+  });
 }

@@ -1,17 +1,15 @@
 // encode_strings VOCAB.json MERGES.txt STRINGS.json: prints the token ids of each string as a JSON list of lists.
 
-#include <cstdio>
-#include <exception>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "file_error.h"     // defines: read_file
-#include "text/byte_bpe.h"  // defines: ByteBpe
+#include "file_error.h"       // defines: read_file
+#include "oracles/program.h"  // defines: run_program
+#include "text/byte_bpe.h"    // defines: ByteBpe
 
 int main(int argc, char** argv) {
-  if (argc != 4) return std::fputs("usage: encode_strings VOCAB.json MERGES.txt STRINGS.json\n", stderr), 2;
-  try {
+  return run_program(argc == 4, "encode_strings VOCAB.json MERGES.txt STRINGS.json", [&] {
     const ByteBpe bpe(argv[1], argv[2]);
     nlohmann::json all = nlohmann::json::array();
     for (const auto& text : nlohmann::json::parse(read_file(argv[3]))) {
@@ -20,9 +18,5 @@ int main(int argc, char** argv) {
       all.push_back(ids);
     }
     std::cout << all << '\n';
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-    return 2;
-  }
-  return 0;
+  });
 }

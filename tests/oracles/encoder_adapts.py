@@ -1,4 +1,5 @@
-"""Does a traced, really pretrained encoder train from C++, and does Python PEFT compute the same with the adapter?
+"""Does a traced, really pretrained encoder train from C++, does Python PEFT compute the same with the adapter, and does
+the merged encoder that C++ saved run where nothing knows of adapters?
 
     encoder_adapts.py PROGRAM       PROGRAM ENCODER.pt DATA OUT, see adapt_encoder.cpp
 
@@ -63,6 +64,8 @@ def main():
     verdicts.close(found["base"], encoder(data["ids_a"], data["mask_a"]), "base")
     model = PeftModel.from_pretrained(encoder, out / "adapter").eval()
     verdicts.close(found["adapted"], model.base_model(data["ids_a"], data["mask_a"]), "adapted, in PEFT")
+    merged = torch.jit.load(out / "merged.pt")
+    verdicts.close(found["adapted"], merged(data["ids_a"], data["mask_a"]), "merged, saved by C++ and run by Python")
     verdicts.check((found["adapted"] - found["base"]).abs().max() > 1e-2, "the adapter changes little")
     verdicts.finish()
 

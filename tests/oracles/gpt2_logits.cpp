@@ -6,16 +6,14 @@
 #include <torch/utils.h>
 
 #include <algorithm>
-#include <cstdio>
-#include <exception>
 #include <string>
 
 #include "models/gpt2.h"             // defines: GPT2LMHeadModel
 #include "models/gpt2_checkpoint.h"  // defines: load_gpt2, save_gpt2
+#include "oracles/program.h"         // defines: run_program
 
 int main(int argc, char** argv) {
-  if (argc != 3) return std::fputs("usage: gpt2_logits MODEL_FOLDER OUT\n", stderr), 2;
-  try {
+  return run_program(argc == 3, "gpt2_logits MODEL_FOLDER OUT", [&] {
     const std::string out = argv[2];
     GPT2LMHeadModel model = load_gpt2(argv[1]);
     model->eval();
@@ -25,9 +23,5 @@ int main(int argc, char** argv) {
     const auto ids = torch::randint(config.vocab_size, {2, std::min<int64_t>(config.n_positions, 32)}, at::kLong);
     lora::save_safetensors({{"ids", ids}, {"logits", model->forward(ids)}}, out + "/data.safetensors");
     save_gpt2(model, out + "/model", /*end_of_text=*/0);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-    return 2;
-  }
-  return 0;
+  });
 }

@@ -7,8 +7,6 @@
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/utils.h>
 
-#include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -20,6 +18,7 @@
 #include "models/gpt2.h"             // defines: GPT2LMHeadModel
 #include "models/gpt2_checkpoint.h"  // defines: save_gpt2
 #include "oracles/models.h"          // defines: Mlp, MhaBlock, state_dict
+#include "oracles/program.h"         // defines: run_program
 
 namespace {
 
@@ -238,8 +237,7 @@ void write_options(const std::string& out) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 2) return std::fputs("usage: write_adapters OUT\n", stderr), 2;
-  try {
+  return run_program(argc == 2, "write_adapters OUT", [&] {
     torch::manual_seed(20260107);
     const std::string out = argv[1];
     write_mlps(out);
@@ -248,12 +246,5 @@ int main(int argc, char** argv) {
     write_attention(out);
     write_gpt2(out);
     write_options(out);
-  } catch (const c10::Error& error) {
-    std::fprintf(stderr, "error: %s\n", error.what_without_backtrace());
-    return 2;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-    return 2;
-  }
-  return 0;
+  });
 }

@@ -131,6 +131,9 @@ class LoraConfig {
                       ", expected a probability p with 0 <= p < 1");
     for (const auto& [pattern, rank] : rank_pattern()) check_rank(rank, "rank_pattern[\"" + pattern + "\"]");
     for (const auto& [pattern, alpha] : alpha_pattern()) check_alpha(alpha, "alpha_pattern[\"" + pattern + "\"]");
+    check_distinct(rank_pattern(), "rank_pattern");
+    check_distinct(alpha_pattern(), "alpha_pattern");
+    check_distinct(fused_parts(), "fused_parts");
     for (const auto& entry : exclude_modules().entries()) {
       TORCH_CHECK_VALUE(entry.parts.empty(), "[lora::LoraConfig] found parts in exclude_modules, \"", entry.text,
                         "\", expected modules; choose parts by target_modules");
@@ -151,6 +154,16 @@ class LoraConfig {
   }
 
  private:
+  /// The order of patterns decides, and a file of JSON holds each key once.
+  template <class Entries>
+  static void check_distinct(const Entries& entries, const char* key) {
+    std::set<std::string> known;
+    for (const auto& entry : entries) {
+      TORCH_CHECK_VALUE(known.insert(entry.first).second, "[lora::LoraConfig] found \"", entry.first, "\" twice in ",
+                        key, ", expected each pattern once");
+    }
+  }
+
   void check_layers() const {
     TORCH_CHECK_VALUE(layers_to_transform().empty() || target_modules().kind() == TargetModules::Kind::kList,
                       "[lora::LoraConfig] found layers_to_transform without a list in target_modules, expected names "

@@ -5,6 +5,7 @@
 #include <lora/version.h>
 
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -40,6 +41,14 @@ class FormatError : public c10::Error {
 
   std::string path_;
   std::vector<std::string> problems_;
+};
+
+/// A file or directory that the system does not let be read or written, whatever is in it.
+class SystemError : public FormatError {
+ public:
+  /// The problem is "<what>: <the system's reason>".
+  SystemError(const std::string& path, const std::string& what, const std::error_code& reason)
+      : FormatError(path, {what + ": " + reason.message()}) {}
 };
 
 LORA_NAMESPACE_END

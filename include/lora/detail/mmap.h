@@ -24,7 +24,7 @@ namespace detail {
 /// file. A file that is replaced by another (rename) stays readable as it was; one that is shortened in place does not.
 class MappedFile {
  public:
-  /// Throws FormatError where `path` is missing, unreadable or no regular file.
+  /// Throws SystemError where `path` is missing or unreadable, FormatError where it is no regular file.
   static std::shared_ptr<MappedFile> open(const std::string& path) {
     // O_NONBLOCK: opening a pipe must not wait for its writer.
     const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -58,9 +58,9 @@ class MappedFile {
   MappedFile(void* data, size_t size) : data_(data), size_(size) {}
 
   [[noreturn]] static void fail(const std::string& path, const char* what, int descriptor = -1) {
-    const std::string reason = std::generic_category().message(errno);
+    const std::error_code reason(errno, std::generic_category());
     if (descriptor >= 0) ::close(descriptor);
-    throw FormatError(path, {std::string(what) + ": " + reason});
+    throw SystemError(path, what, reason);
   }
 
   void* data_;

@@ -4,6 +4,8 @@
 #include <lora/version.h>
 
 #include <cctype>
+#include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <regex>
 #include <string>
@@ -12,11 +14,17 @@
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
+/// A pattern that Python reads and std::regex does not, or not alike.
+class UnsupportedPattern : public c10::ValueError {
+ public:
+  using c10::ValueError::ValueError;
+};
+
 /// A regular expression in the dialect of Python's `re`, as PEFT's configurations hold them.
 ///
 /// std::regex (ECMAScript) does the matching. The constructs that it lacks or reads differently (look-behind, named
-/// groups, inline flags, atomic groups, possessive quantifiers, `\A`, `\Z`, POSIX classes) are a c10::ValueError, so
-/// that a pattern never means something else than in Python. Module paths hold no newline, hence `.`, `^` and `$`
+/// groups, inline flags, atomic groups, possessive quantifiers, `\A`, `\Z`, POSIX classes) are an UnsupportedPattern,
+/// so that a pattern never means something else than in Python. Module paths hold no newline, hence `.`, `^` and `$`
 /// agree.
 class PythonRegex {
  public:
@@ -30,36 +38,28 @@ class PythonRegex {
     }
   }
 
-  /// Python's re.sub(pattern, replacement, text), with \\1 to \\9 for groups; nothing where the pattern is not found.
-  std::optional<std::string> substituted(const std::string& text, const std::string& replacement) const {
-    // Which of several matches the groups hold is told by std::regex's own way alone.
-    const std::regex regex(translated(), std::regex::ECMAScript);
-    if (!std::regex_search(text, regex)) return std::nullopt;
-    std::string format;
-    for (size_t i = 0; i < replacement.size(); ++i) {
-      const bool group = replacement[i] == '\\' && i + 1 < replacement.size() &&
-                         std::isdigit(static_cast<unsigned char>(replacement[i + 1]));
-      if (replacement[i] == '$') format += '$';
-      format += group ? '$' : replacement[i];
-    }
-    return std::regex_replace(text, regex, format);
-  }
-
   /// Python's re.fullmatch(pattern, text) is not None.
   bool fullmatch(const std::string& text) const { return std::regex_match(text, regex_); }
 
  private:
+  friend class PythonSubstitution;
+
   [[noreturn]] void refuse(const std::string& construct) const {
-    TORCH_CHECK_VALUE(
-        false, "[lora::regex] found ", construct, " in the pattern \"", pattern_,
-        "\", expected the part of Python's dialect that std::regex reads alike; rewrite the pattern or use "
-        "target_if");
+    throw UnsupportedPattern({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, refusal(construct));
+  }
+  /// For what no pattern needs, and a damaged or hostile file may hold.
+  [[noreturn]] void refuse_excess(const std::string& excess) const { TORCH_CHECK_VALUE(false, refusal(excess)); }
+
+  std::string refusal(const std::string& found) const {
+    return "[lora::regex] found " + found + " in the pattern \"" + pattern_ +
+           "\", expected the part of Python's dialect that std::regex reads alike; rewrite the pattern or use "
+           "target_if";
   }
 
   /// The pattern for std::regex; what that would read differently is refused.
   std::string translated() const {
     // std::regex compiles by recursion: these keep a pattern out of a file from using up the stack.
-    if (pattern_.size() > kLongest) refuse("more than " + std::to_string(kLongest) + " characters");
+    if (pattern_.size() > kLongest) refuse_excess("more than " + std::to_string(kLongest) + " characters");
     std::string result;
     bool in_class = false;
     int depth = 0;
@@ -68,7 +68,7 @@ class PythonRegex {
       const char next = i + 1 < pattern_.size() ? pattern_[i + 1] : '\0';
       result += c;
       if (c == '\\') {
-        if (next == '\0') refuse("a trailing backslash");
+        if (next == '\0') refuse_excess("a trailing backslash");
         // A letter behind a backslash is either one of these or reads differently in the two dialects.
         if (std::isalpha(static_cast<unsigned char>(next)) &&
             std::string(in_class ? "dDwWsSnrtfv" : "dDwWsSbBnrtfv").find(next) == std::string::npos) {
@@ -89,7 +89,7 @@ class PythonRegex {
         // A leading ']' is a literal in Python and ends an empty class in ECMAScript.
         if (i + 1 < pattern_.size() && pattern_[i + 1] == ']') refuse("a class that begins with ']'");
       } else if (c == '(') {
-        if (++depth > kDeepest) refuse("groups nested more than " + std::to_string(kDeepest) + " deep");
+        if (++depth > kDeepest) refuse_excess("groups nested more than " + std::to_string(kDeepest) + " deep");
         const char kind = next == '?' && i + 2 < pattern_.size() ? pattern_[i + 2] : '\0';
         if (next == '?' && kind != ':' && kind != '=' && kind != '!') refuse(std::string("(?") + kind);
       } else if (c == ')') {
@@ -112,7 +112,7 @@ class PythonRegex {
       const size_t first = i;
       while (i < pattern_.size() && std::isdigit(static_cast<unsigned char>(pattern_[i]))) ++i;
       // std::regex counts in an int and reads a larger number as another one.
-      if (i - first > kMostDigits) refuse("a repetition of more than 9999 times");
+      if (i - first > kMostDigits) refuse_excess("a repetition of more than 9999 times");
       digits = digits || i > first;
     };
     skip_number();
@@ -136,6 +136,47 @@ class PythonRegex {
 
   std::string pattern_;
   std::regex regex_;
+};
+
+/// Python's re.sub with a pattern and a replacement, in which \\1 to \\9 stand for groups and \\\\ for a backslash;
+/// what else a backslash begins in Python is a c10::ValueError.
+class PythonSubstitution {
+ public:
+  PythonSubstitution(const std::string& pattern, const std::string& replacement)
+      // Which of several matches the groups hold is told by std::regex's own way alone.
+      : regex_(PythonRegex(pattern).translated(), std::regex::ECMAScript) {
+    const auto digit = [&](size_t i) {
+      return i < replacement.size() && std::isdigit(static_cast<unsigned char>(replacement[i])) != 0;
+    };
+    for (size_t i = 0; i < replacement.size(); ++i) {
+      if (replacement[i] != '\\') {
+        if (replacement[i] == '$') format_ += '$';
+        format_ += replacement[i];
+        continue;
+      }
+      ++i;
+      const bool group =
+          digit(i) && !digit(i + 1) && static_cast<unsigned>(replacement[i] - '0') <= regex_.mark_count();
+      TORCH_CHECK_VALUE((group && replacement[i] != '0') || (i < replacement.size() && replacement[i] == '\\'),
+                        "[lora::regex] found the replacement \"", replacement, "\" for the pattern \"", pattern,
+                        "\" with ", regex_.mark_count(),
+                        " groups, expected of backslashes only \\1 to \\9 for groups "
+                        "that it has and \\\\ for itself");
+      if (group) format_ += '$';
+      format_ += replacement[i];
+    }
+  }
+
+  /// The text with every match replaced; nothing where there is none, or where the text has more than 4096 characters.
+  std::optional<std::string> operator()(const std::string& text) const {
+    // std::regex searches by recursion: a key of a file must not use up the stack.
+    if (text.size() > PythonRegex::kLongest || !std::regex_search(text, regex_)) return std::nullopt;
+    return std::regex_replace(text, regex_, format_);
+  }
+
+ private:
+  std::regex regex_;
+  std::string format_;
 };
 
 }  // namespace detail

@@ -64,6 +64,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
 
   const std::vector<Site>& sites() const { return model_.sites; }
   std::vector<Site>& sites() { return model_.sites; }
+  const std::vector<OtherModule>& others() const { return model_.others; }
   const std::vector<Adapter>& adapters() const { return adapters_; }
   const Names& active() const { return active_; }
   const Names& merged() const { return merged_; }

@@ -1,8 +1,11 @@
 #pragma once
 
 #include <ATen/ops/isfinite.h>
+#include <c10/util/Exception.h>
+#include <lora/config/targets.h>
 #include <lora/detail/error.h>
 #include <lora/detail/json.h>
+#include <lora/detail/mmap.h>
 #include <lora/detail/python_regex.h>
 #include <lora/io/checkpoint_reader.h>
 #include <lora/io/checksum.h>
@@ -13,11 +16,8 @@
 #include <lora/version.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
+#include <cstddef>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <map>
 #include <memory>
 #include <string>
@@ -28,10 +28,16 @@
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
+/// The text of a configuration.
 inline std::string read_text(const std::string& path) {
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream) throw FormatError(path, {std::string("cannot be read: ") + std::strerror(errno)});
-  return {std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+  constexpr size_t kLongest = 10'000'000;
+  const auto file = MappedFile::open(path);
+  if (file->size() > kLongest) {
+    throw FormatError(path, {"has " + std::to_string(file->size()) + " bytes, expected " + std::to_string(kLongest) +
+                             " at most in a configuration"});
+  }
+  if (file->size() == 0) return "";
+  return {reinterpret_cast<const char*>(file->data()), file->size()};
 }
 
 /// A tensor of an adapter's file, and whether something was found for it to be.
@@ -49,6 +55,8 @@ struct AdapterFiles {
   bool is_loralib = false;                   // parts of a fused projection lie as loralib's MergedLinear has them
   std::vector<std::string> embeddings = {};  // names of modules in loralib's file, whose keys do not say it
   Json config;
+  bool tensors_choose = false;     // which modules are adapted, in place of the configuration
+  std::vector<std::string> notes;  // what a user has to know
   std::map<std::string, std::string> metadata;
   std::map<std::string, FileTensor> tensors;
 };
@@ -73,17 +81,16 @@ inline std::string peft_key(const std::string& key, bool is_loralib) {
 /// Puts the tensors of a file under their keys, renamed; every tensor that cannot be an adapter's is a problem.
 inline void add_tensors(AdapterFiles& files, const std::map<std::string, at::Tensor>& tensors,
                         const LoadOptions& options, std::vector<std::string>& problems) {
-  std::vector<std::pair<PythonRegex, std::string>> renames;
-  for (const auto& [pattern, replacement] : options.key_mapping())
-    renames.emplace_back(PythonRegex(pattern), replacement);
+  std::vector<PythonSubstitution> renames;
+  for (const auto& [pattern, replacement] : options.key_mapping()) renames.emplace_back(pattern, replacement);
   for (const auto& [key, tensor] : tensors) {
     auto name = peft_key(key, files.is_loralib);
     if (name.empty()) {
       problems.push_back("found the tensor " + key + ", expected names that begin with " + kPeftPrefix);
       continue;
     }
-    for (const auto& [pattern, replacement] : renames) {
-      if (const auto renamed = pattern.substituted(name, replacement)) {
+    for (const auto& rename : renames) {
+      if (const auto renamed = rename(name)) {
         name = *renamed;
         break;
       }
@@ -111,6 +118,24 @@ inline SafetensorsFile read_tensors(const std::string& path) {
   return file;
 }
 
+/// Takes patterns that std::regex does not read like Python out of the configuration: a file of PEFT has tensors for
+/// exactly the modules that they chose.
+inline void leave_out_unsupported_patterns(AdapterFiles& files) {
+  for (const auto* key : {"target_modules", "exclude_modules"}) {
+    const auto entry = files.config.find(key);
+    if (entry == files.config.end() || !entry->is_string()) continue;
+    try {
+      TargetModules(entry->get<std::string>());
+    } catch (const UnsupportedPattern& unsupported) {
+      files.notes.push_back(std::string(key) +
+                            " is passed over, the tensors choose the modules: " + unsupported.what_without_backtrace());
+      files.tensors_choose = true;
+      *entry = Json();
+    } catch (const c10::ValueError&) {  // a problem that the configuration's reader finds
+    }
+  }
+}
+
 /// A PEFT directory, with its tensors in adapter_model.safetensors or adapter_model.bin.
 inline AdapterFiles read_peft_directory(const std::string& directory, const LoadOptions& options,
                                         std::vector<std::string>& problems) {
@@ -118,6 +143,7 @@ inline AdapterFiles read_peft_directory(const std::string& directory, const Load
   files.place = directory;
   files.config_path = directory + "/" + kConfigFile;
   files.config = parse_object(read_text(files.config_path), files.config_path);
+  leave_out_unsupported_patterns(files);
   files.tensor_path = directory + "/" + kTensorFile;
   std::error_code error;
   const bool pickled = !std::filesystem::exists(files.tensor_path, error) &&

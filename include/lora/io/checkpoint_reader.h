@@ -4,6 +4,7 @@
 #include <lora/detail/error.h>
 #include <lora/detail/mmap.h>
 #include <lora/detail/strict_json.h>
+#include <lora/io/checksum.h>
 #include <lora/io/safetensors.h>
 #include <lora/io/torch_pickle.h>
 #include <lora/version.h>
@@ -35,8 +36,12 @@ inline bool has_tensor_file_name(std::string_view path) {
   }
   return false;
 }
+/// The tensors of one file, compared with its checksums where it has some.
 inline std::map<std::string, at::Tensor> load_tensor_file(const std::string& path) {
-  return ends_with(path, ".safetensors") ? load_safetensors(path) : load_torch_pickle(path);
+  if (!ends_with(path, ".safetensors")) return load_torch_pickle(path);
+  auto file = load_safetensors_with_metadata(path);
+  check_checksums(file, path);
+  return std::move(file.tensors);
 }
 
 /// Reads the tensors of a checkpoint's shards by its index: {"metadata": {…}, "weight_map": {tensor: shard, …}}.

@@ -5,6 +5,7 @@
 #include <lora/detail/atomic_file.h>
 #include <lora/detail/error.h>
 #include <lora/io/checkpoint_reader.h>
+#include <lora/io/checksum.h>
 #include <lora/io/safetensors.h>
 #include <lora/version.h>
 
@@ -56,13 +57,15 @@ class CheckpointWriter {
   void write() const {
     std::error_code error;
     std::filesystem::create_directories(directory_, error);
-    if (error) throw FormatError(directory_, {"cannot make the folder: " + error.message()});
+    if (error) throw SystemError(directory_, "cannot make the folder", error);
     std::vector<std::unique_ptr<AtomicFile>> files;
     std::set<std::string> names;
     for (size_t i = 0; i < shards_.size(); ++i) {
       names.insert(name(i));
       files.push_back(std::make_unique<AtomicFile>(path(name(i))));
-      write_safetensors(*files.back(), shards_[i], {{"format", "pt"}});
+      std::map<std::string, std::string> metadata{{"format", "pt"}};
+      add_checksums(shards_[i], metadata);
+      write_safetensors(*files.back(), shards_[i], metadata);
     }
     if (is_sharded()) {
       names.insert(kModelIndex);
@@ -101,10 +104,13 @@ class CheckpointWriter {
   /// The files of the folder that are named as this writer names its own.
   std::set<std::string> older_files() const {
     std::set<std::string> found;
-    for (const auto& entry : std::filesystem::directory_iterator(directory_)) {
-      const auto name = entry.path().filename().string();
+    std::error_code error;
+    for (std::filesystem::directory_iterator entry(directory_, error), end; !error && entry != end;
+         entry.increment(error)) {
+      const auto name = entry->path().filename().string();
       if (name == kModelFile || name == kModelIndex || is_shard(name)) found.insert(name);
     }
+    if (error) throw SystemError(directory_, "cannot be listed", error);
     return found;
   }
 
@@ -119,7 +125,7 @@ class CheckpointWriter {
   void remove(const std::string& name) const {
     std::error_code error;
     std::filesystem::remove(path(name), error);
-    if (error) throw FormatError(path(name), {"is of an older save and cannot be removed: " + error.message()});
+    if (error) throw SystemError(path(name), "is of an older save and cannot be removed", error);
   }
 
   std::string directory_;

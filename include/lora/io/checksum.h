@@ -11,6 +11,7 @@
 #include <lora/version.h>
 #include <torch/types.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <map>
@@ -50,12 +51,17 @@ inline std::string checksum_of(const std::map<std::string, std::string>& metadat
   return hexadecimal(value);
 }
 
-/// Whether a file without checksums was written with them. Its key may be damaged, but not at both ends at once.
+/// Whether a file without checksums was written with them: it has another key of ours, or theirs with a few letters
+/// damaged.
 inline bool lost_checksums(const std::map<std::string, std::string>& metadata) {
-  const std::string key = kChecksums, begin = key.substr(0, key.find('.') + 1), end = key.substr(key.find('.'));
+  constexpr int kFewLetters = 3;
+  const std::string key = kChecksums, begin = key.substr(0, key.find('.') + 1);
   for (const auto& [name, unused] : metadata) {
     if (name.compare(0, begin.size(), begin) == 0) return true;
-    if (name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0) return true;
+    if (name.size() != key.size()) continue;
+    int damaged = 0;
+    for (size_t i = 0; i < key.size(); ++i) damaged += name[i] == key[i] ? 0 : 1;
+    if (damaged <= kFewLetters) return true;
   }
   return false;
 }

@@ -53,7 +53,8 @@ inline Json lora_config_json(const LoraConfig& config) {
   Json json;
   json["alpha_pattern"] = Json::object();
   for (const auto& [pattern, alpha] : config.alpha_pattern()) json["alpha_pattern"][pattern] = number(alpha);
-  json["auto_mapping"] = config.auto_mapping().empty() ? Json() : Json::parse(config.auto_mapping());
+  json["auto_mapping"] =
+      config.auto_mapping().empty() ? Json() : parse_object(config.auto_mapping(), "auto_mapping", "one of PEFT's");
   json["base_model_name_or_path"] = text_or_null(config.base_model_name_or_path());
   json["bias"] = kBiasNames[static_cast<size_t>(config.bias())];
   json["exclude_modules"] = targets_json(config.exclude_modules());
@@ -163,7 +164,7 @@ class LoraConfigReader {
   }
 
   bool boolean(const std::string& key) {
-    if (!json_.contains(key)) return false;
+    if (!json_.contains(key) || json_[key].is_null()) return false;
     if (json_[key].is_boolean()) return json_[key].get<bool>();
     wrong(key, json_[key], "true or false");
     return false;
@@ -231,7 +232,9 @@ class LoraConfigReader {
     const auto& value = json_["init_lora_weights"];
     if (value == "gaussian") return LoraInit::kGaussian;
     // These start at dW = 0 or keep the base; the saved factors hold all there is to know.
-    if (value.is_boolean() || value == "eva" || value == "orthogonal") return LoraInit::kKaiming;
+    if (value.is_boolean() || value == "eva" || value == "orthogonal" || value == "mica") {
+      return LoraInit::kKaiming;
+    }
     wrong("init_lora_weights", value, "a start that leaves the base weights as they were");
     return LoraInit::kKaiming;
   }
@@ -277,8 +280,9 @@ class LoraConfigReader {
         "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices", "task_type",
         "base_model_name_or_path", "revision", "auto_mapping",
         // About the file or its making:
-        "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config",
-        "eva_config", "ensure_weight_tying"};
+        "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+        // How a start is made, which init_lora_weights names:
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config"};
     for (const auto& [key, value] : json_.items()) {
       const bool is_known = std::find(known.begin(), known.end(), key) != known.end();
       const bool empty =

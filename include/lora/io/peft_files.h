@@ -32,7 +32,7 @@ inline void write_peft_directory(const PeftFiles& files, const std::string& dire
                                  PeftTensorFile form = PeftTensorFile::kSafetensors) {
   std::error_code error;
   std::filesystem::create_directories(directory, error);
-  if (error) throw FormatError(directory, {"cannot make the directory: " + error.message()});
+  if (error) throw SystemError(directory, "cannot make the directory", error);
 
   const bool pickled = form == PeftTensorFile::kPickle;
   AtomicFile tensor_file(directory + "/" + (pickled ? kPickleFile : kTensorFile));

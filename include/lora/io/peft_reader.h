@@ -4,7 +4,6 @@
 #include <ATen/ops/count_nonzero.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <lora/detail/error.h>
 #include <lora/inject/model_adapters.h>
@@ -12,6 +11,7 @@
 #include <lora/io/adapter_files.h>
 #include <lora/io/load_options.h>
 #include <lora/io/lora_config_json.h>
+#include <lora/io/loralib_layout.h>
 #include <lora/io/peft_layout.h>
 #include <lora/methods/lora.h>
 #include <lora/version.h>
@@ -52,7 +52,7 @@ class PeftReader {
       config = read_method(parse_object(own->second, files_.tensor_path), files_.tensor_path)->config();
       config.lora_dropout(stored_->config().lora_dropout());  // which a user may edit beside the tensors
     }
-    if (!options_.key_mapping().empty()) choose_by_tensors(config);
+    if (files_.tensors_choose || !options_.key_mapping().empty()) choose_by_tensors(config);
     return prepare(config);
   }
 
@@ -68,7 +68,7 @@ class PeftReader {
 
  private:
   PreparedAdapter prepare(LoraConfig config) {
-    if (files_.is_loralib) rename_loralib_embeddings();
+    if (files_.is_loralib) rename_loralib_embeddings(files_, adapters_.sites());
     complete(config);
     method_ = std::make_shared<const LoRA>(config);
 
@@ -76,10 +76,14 @@ class PeftReader {
     leave_out_partners();
     add_saved_embeddings();
     for (const auto& planned : plan_.sites) {
-      if (files_.is_loralib) convert_loralib(planned);
+      if (files_.is_loralib) {
+        const auto& updated = site(planned.site);
+        convert_loralib_layer(files_, updated, planned.parts, stored_->rank({peft_module(updated)}));
+      }
       check_updates(planned);
     }
     check_copies();
+    plan_.notes.insert(plan_.notes.end(), files_.notes.begin(), files_.notes.end());
     for (const auto& [key, tensor] : files_.tensors) {
       if (tensor.used || ignored(key)) continue;
       problems_.push_back("found the tensor " + tensor.key + ", expected none: " + why_unexpected(key));
@@ -309,43 +313,6 @@ class PeftReader {
     if (!kernels || expected[1] <= 0 || found[1] <= expected[1] || found[1] % expected[1] != 0) return "";
     return ": PEFT's form for a convolution with " + std::to_string(found[1] / expected[1]) +
            " groups, whose update mixes the groups and is none of the weight";
-  }
-
-  void rename(const std::string& from, const std::string& to) {
-    auto entry = files_.tensors.extract(from);
-    if (entry.empty()) return;
-    entry.key() = to;
-    files_.tensors.insert(std::move(entry));
-  }
-
-  /// loralib has one name for the factors of all layers.
-  void rename_loralib_embeddings() {
-    for (const auto& table : adapters_.sites()) {
-      if (table.layout != WeightLayout::kTable) continue;
-      rename(join_path(table.file_path, "lora_A.weight"), PeftKeys::A(table));
-      rename(join_path(table.file_path, "lora_B.weight"), PeftKeys::B(table));
-    }
-  }
-
-  /// Brings loralib's tensors of one layer into PEFT's form: the bias's name, and the B of parts, which MergedLinear
-  /// has without the zeros of the other rows.
-  void convert_loralib(const PlannedSite& planned) {
-    const auto& updated = site(planned.site);
-    rename(join_path(updated.module_file_path, "bias"), join_path(updated.module_file_path, "base_layer.bias"));
-    auto* B = find(PeftKeys::B(updated));
-    if (B == nullptr || planned.parts.front().name.empty() || B->tensor.dim() != 2) return;
-    int64_t rows = 0;
-    for (const auto& part : planned.parts) rows += part.size;
-    const auto r = B->tensor.size(1), parts = static_cast<int64_t>(planned.parts.size());
-    if (B->tensor.size(0) != rows || r != stored_->rank({peft_module(updated)})) return;  // a problem of the check
-    auto stacked = at::zeros({updated.base_matrix().size(0), r * parts}, B->tensor.options());
-    int64_t done = 0;
-    for (int64_t i = 0; i < parts; ++i) {
-      const auto& part = planned.parts[static_cast<size_t>(i)];
-      stacked.narrow(0, part.begin, part.size).narrow(1, i * r, r).copy_(B->tensor.narrow(0, done, part.size));
-      done += part.size;
-    }
-    B->tensor = stacked;
   }
 
   /// Whether the file's factors for one weight have the shapes that both configurations give them.

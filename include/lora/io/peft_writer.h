@@ -226,7 +226,8 @@ class PeftWriter {
     return json;
   }
 
-  /// Whether the user's target_modules choose exactly the adapted modules, read by PEFT's rules.
+  /// Whether the user's target_modules choose exactly the adapted modules, read by PEFT's rules, which know no module
+  /// that is passed over.
   bool names_fit() const {
     const auto& config = method_->config();
     const auto& targets = config.target_modules();
@@ -235,9 +236,7 @@ class PeftWriter {
       return false;
     }
     const auto targeting = config.targeting();
-    for (const auto& site : adapters_.sites()) {
-      if (!site.takes_updates()) continue;
-      const auto path = peft_module(site);
+    const auto chosen = [&](const std::string& path) {
       const auto any = [&](const TargetModules& modules, const auto& accept) {
         return std::any_of(modules.entries().begin(), modules.entries().end(),
                            [&](const auto& entry) { return modules.matches(entry, path) && accept(entry); });
@@ -248,11 +247,16 @@ class PeftWriter {
       const bool excluded = any(config.exclude_modules(), [](const auto&) { return true; });
       const bool saved = std::any_of(config.modules_to_save().begin(), config.modules_to_save().end(),
                                      [&](const auto& name) { return saves(name, path); });
+      return targeted && !excluded && !saved;
+    };
+    for (const auto& site : adapters_.sites()) {
       const auto* adapter = site.find(name_);
       const bool adapted = adapter != nullptr && !adapter->parts.empty();
-      if (adapted != (targeted && !excluded && !saved)) return false;
+      if (site.takes_updates() && adapted != chosen(peft_module(site))) return false;
     }
-    return true;
+    const auto& others = adapters_.others();
+    return std::none_of(others.begin(), others.end(),
+                        [&](const auto& other) { return !other.path.empty() && chosen(other.path); });
   }
 
   /// The entries of rank_pattern or alpha_pattern for the modules that differ from the first one.

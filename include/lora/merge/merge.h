@@ -36,7 +36,8 @@ class MergeOptions {
 struct MergeReport {
   /// Parameters that are replaced.
   int64_t weights = 0;
-  /// Of memory on top: second copies until unmerge(), or the largest W′ while it is put in place.
+  /// Of memory on top: second copies until unmerge(), or the largest W′ while it is put in place. Where LibTorch's
+  /// operators merge (devices but the CPU), they take three more of one weight at a time, in fp32 for a half base.
   int64_t bytes = 0;
 };
 

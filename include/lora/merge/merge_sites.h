@@ -37,20 +37,20 @@ class SiteMerger {
     return run();
   }
 
-  /// W′ of the sites one after the other, first for all without a word to `use(site, W′)`, so that nothing has been
-  /// used where one of them holds a NaN.
+  /// W′ of the sites one after the other, each given to `use(site, W′)` before the next is computed.
   template <class Use>
   void merge_each(const Use& use) {
     const c10::InferenceMode no_inference(false);
     const c10::NoGradGuard no_grad;
-    for (const bool checked : {false, true}) {
-      for (size_t i = 0; i < sites_.size(); ++i) {
-        add(i);
-        for (auto& [site, weight] : run()) {
-          if (checked) use(site, std::move(weight));
-        }
-      }
+    for (size_t i = 0; i < sites_.size(); ++i) {
+      add(i);
+      for (auto& [site, weight] : run()) use(site, std::move(weight));
     }
+  }
+
+  /// Throws what merge_each would throw on its way.
+  void check_each() {
+    merge_each([](size_t, const at::Tensor&) {});
   }
 
   /// What merging takes, told beforehand.
@@ -61,7 +61,9 @@ class SiteMerger {
       for (const auto& name : names_) {
         const auto* adapter = site.find(name);
         changed = changed || adapter != nullptr;
-        computed = computed || (adapter != nullptr && (adapter->forms_dense() || !adapter->offsets.empty()));
+        if (adapter == nullptr) continue;
+        const bool cast = adapter->copy.defined() && adapter->copy.scalar_type() != site.weight->base().scalar_type();
+        computed = computed || cast || adapter->forms_dense() || !adapter->offsets.empty();
       }
       if (!changed) continue;
       ++report.weights;
