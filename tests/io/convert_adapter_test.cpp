@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "harness/expect_same_bits.h"
+#include "harness/problems_of.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 #include "oracles/models.h"
@@ -22,6 +23,7 @@ namespace convert_adapter_test {
 namespace {
 
 using harness::expect_same_bits;
+using harness::problems_of;
 using lora::AdapterFormat;
 using nlohmann::json;
 using ::testing::AllOf;
@@ -48,15 +50,6 @@ Tensors tensors_of(const std::string& directory) {
 }
 
 json config_of(const std::string& directory) { return json::parse(read_bytes(directory + "/adapter_config.json")); }
-
-std::vector<std::string> problems_of(const std::function<void()>& conversion) {
-  try {
-    conversion();
-    return {};
-  } catch (const lora::FormatError& error) {
-    return error.problems();
-  }
-}
 
 class ConvertedGolden : public ::testing::TestWithParam<std::string> {};
 

@@ -16,7 +16,6 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -26,6 +25,7 @@
 #include <vector>
 
 #include "harness/damage.h"
+#include "harness/problems_of.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 #include "oracles/models.h"
@@ -38,23 +38,13 @@ using harness::Choices;
 using harness::kAdamW;
 using harness::MakeOptimizer;
 using harness::maker;
+using harness::problems_of;
 using harness::Training;
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::ThrowsMessage;
 using ::testing::UnorderedElementsAre;
-
-/// The problems of the FormatError that `action` has to end in.
-std::vector<std::string> problems_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const lora::FormatError& error) {
-    return error.problems();
-  }
-  ADD_FAILURE() << "expected a FormatError";
-  return {};
-}
 
 class TrainingState : public ::testing::Test {
  protected:

@@ -8,11 +8,9 @@
 #include <lora/detail/mmap.h>
 #include <lora/detail/python_regex.h>
 #include <lora/io/checkpoint_reader.h>
-#include <lora/io/checksum.h>
 #include <lora/io/load_options.h>
 #include <lora/io/peft_layout.h>
 #include <lora/io/safetensors.h>
-#include <lora/io/torch_pickle.h>
 #include <lora/version.h>
 
 #include <algorithm>
@@ -107,15 +105,12 @@ inline void add_tensors(AdapterFiles& files, const std::map<std::string, at::Ten
   }
 }
 
-/// The tensors of one file of either kind, safetensors with its checksums compared.
+/// The tensors of one file, whose name has to say its kind.
 inline SafetensorsFile read_tensors(const std::string& path) {
   if (!has_tensor_file_name(path)) {
     throw FormatError(path, {"found a name that says no format, expected .safetensors, .bin, .pt or .pth"});
   }
-  if (!ends_with(path, ".safetensors")) return {load_torch_pickle(path), {}};
-  auto file = load_safetensors_with_metadata(path);
-  check_checksums(file, path);
-  return file;
+  return read_tensor_file(path);
 }
 
 /// Takes patterns that std::regex does not read like Python out of the configuration: a file of PEFT has tensors for

@@ -36,12 +36,12 @@ inline bool has_tensor_file_name(std::string_view path) {
   }
   return false;
 }
-/// The tensors of one file, compared with its checksums where it has some.
-inline std::map<std::string, at::Tensor> load_tensor_file(const std::string& path) {
-  if (!ends_with(path, ".safetensors")) return load_torch_pickle(path);
+/// One file of either kind, compared with its checksums where it has some.
+inline SafetensorsFile read_tensor_file(const std::string& path) {
+  if (!ends_with(path, ".safetensors")) return {load_torch_pickle(path), {}};
   auto file = load_safetensors_with_metadata(path);
   check_checksums(file, path);
-  return std::move(file.tensors);
+  return file;
 }
 
 /// Reads the tensors of a checkpoint's shards by its index: {"metadata": {…}, "weight_map": {tensor: shard, …}}.
@@ -109,7 +109,7 @@ class ShardReader {
   void read_shard(const std::string& shard, const Names& names) {
     std::map<std::string, at::Tensor> found;
     try {
-      found = load_tensor_file((std::filesystem::path(path_).parent_path() / shard).string());
+      found = read_tensor_file((std::filesystem::path(path_).parent_path() / shard).string()).tensors;
     } catch (const FormatError& error) {
       for (const auto& problem : error.problems()) problems_.push_back(shard + ": " + problem);
       return;
@@ -143,7 +143,7 @@ inline std::map<std::string, at::Tensor> load_checkpoint(const std::string& path
                              "pytorch_model.bin.index.json, expected one of them in the folder"});
   }
   if (ends_with(path, ".index.json")) return ShardReader(path).read();
-  if (has_tensor_file_name(path)) return load_tensor_file(path);
+  if (has_tensor_file_name(path)) return read_tensor_file(path).tensors;
   throw FormatError(path, {"expected a folder or a name that ends in .safetensors, .bin, .pt, .pth or .index.json"});
 }
 
