@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "harness/dense_oracle.h"
+#include "harness/instruction_sets.h"
 #include "harness/values.h"
 
 namespace merge_kernel_test {
@@ -162,18 +163,6 @@ INSTANTIATE_TEST_SUITE_P(Kernel, MergeShape,
 /// Runs every version of the kernel that this processor has over a job.
 template <class T, class Sum>
 void check_instruction_sets(const Shape& shape, at::ScalarType dtype) {
-  std::vector<std::pair<std::string, lora::detail::MergeTileFunction<T, Sum>>> versions{
-      {"plain", &lora::detail::merge_tile_plain<T, Sum>}};
-#ifdef LORA_X86_TARGETS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    versions.emplace_back("avx2", &lora::detail::merge_tile_avx2<T, Sum>);
-  }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    versions.emplace_back("avx512", &lora::detail::merge_tile_avx512<T, Sum>);
-  }
-#endif
   const auto job = make_job(shape, dtype);
   std::vector<lora::detail::MergeFactors<Sum>> factors;
   std::vector<at::Tensor> kept;
@@ -182,13 +171,14 @@ void check_instruction_sets(const Shape& shape, at::ScalarType dtype) {
     factors.push_back({update.A.template const_data_ptr<Sum>(), kept.back().template const_data_ptr<Sum>(),
                        update.A.size(0), begin, begin + update.B.size(0)});
   }
-  for (const auto& [name, function] : versions) {
+  for (const auto set : harness::instruction_sets()) {
     const auto merged = at::full_like(job->base, 77);
-    const auto bad =
-        function({job->base.template const_data_ptr<T>(), merged.template mutable_data_ptr<T>(), shape.columns,
-                  factors.data(), static_cast<int64_t>(factors.size()), 0, shape.rows, 0, shape.columns});
-    EXPECT_EQ(bad, 0) << name;
-    EXPECT_LE(worst(*job, merged), 1) << name << " " << shape.name << " " << c10::toString(dtype);
+    const auto bad = lora::detail::run_kernel<lora::detail::MergeTileKernel>(
+        set, lora::detail::MergeTile<T, Sum>{job->base.template const_data_ptr<T>(),
+                                             merged.template mutable_data_ptr<T>(), shape.columns, factors.data(),
+                                             static_cast<int64_t>(factors.size()), 0, shape.rows, 0, shape.columns});
+    EXPECT_EQ(bad, 0);
+    EXPECT_LE(worst(*job, merged), 1) << static_cast<int>(set) << " " << shape.name << " " << c10::toString(dtype);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
+#include <lora/detail/instruction_set.h>
 #include <lora/detail/parallel.h>
 #include <lora/merge/merge_kernel.h>
 #include <lora/methods/method.h>
@@ -94,10 +95,11 @@ class TypedMergeTiles final : public MergeTiles {
   void run(int64_t tile) override {
     const auto first = tile / column_tiles_ * kRows;
     const auto left = tile % column_tiles_ * kColumns;
-    const auto bad =
-        function_({base_.template const_data_ptr<T>(), job_.merged.template mutable_data_ptr<T>(), base_.size(1),
-                   factors_.data(), static_cast<int64_t>(factors_.size()), first,
-                   std::min(first + kRows, base_.size(0)), left, std::min(left + kColumns, base_.size(1))});
+    const auto bad = run_kernel<MergeTileKernel>(
+        instruction_set(),
+        MergeTile<T, Sum>{base_.template const_data_ptr<T>(), job_.merged.template mutable_data_ptr<T>(), base_.size(1),
+                          factors_.data(), static_cast<int64_t>(factors_.size()), first,
+                          std::min(first + kRows, base_.size(0)), left, std::min(left + kColumns, base_.size(1))});
     if (bad != 0) job_.non_finite += bad;
   }
 
@@ -112,7 +114,6 @@ class TypedMergeTiles final : public MergeTiles {
   std::vector<at::Tensor> kept_;
   int64_t row_tiles_ = 0;
   int64_t column_tiles_ = 0;
-  MergeTileFunction<T, Sum> function_ = merge_tile_function<T, Sum>();
 };
 
 /// The tiles of a job on the CPU; null for a device or dtype without a kernel.

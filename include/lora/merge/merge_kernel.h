@@ -1,16 +1,13 @@
 #pragma once
 
-#include <lora/merge/lanes.h>
+#include <lora/detail/instruction_set.h>
+#include <lora/detail/lanes.h>
 #include <lora/version.h>
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
-
-#ifdef __x86_64__
-#define LORA_X86_TARGETS 1
-#endif
 
 LORA_NAMESPACE_BEGIN
 namespace detail {
@@ -94,40 +91,12 @@ LORA_ALWAYS_INLINE int64_t merge_tile_body(const MergeTile<T, Sum>& tile) {
   return bad;
 }
 
-template <class T, class Sum>
-int64_t merge_tile_plain(const MergeTile<T, Sum>& tile) {
-  return merge_tile_body(tile);
-}
-
-#ifdef LORA_X86_TARGETS
-template <class T, class Sum>
-__attribute__((target("avx2,fma"))) int64_t merge_tile_avx2(const MergeTile<T, Sum>& tile) {
-  return merge_tile_body(tile);
-}
-
-template <class T, class Sum>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) int64_t merge_tile_avx512(
-    const MergeTile<T, Sum>& tile) {
-  return merge_tile_body(tile);
-}
-#endif
-
-template <class T, class Sum>
-using MergeTileFunction = int64_t (*)(const MergeTile<T, Sum>&);
-
-/// The widest version that this processor runs.
-template <class T, class Sum>
-MergeTileFunction<T, Sum> merge_tile_function() {
-#ifdef LORA_X86_TARGETS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return &merge_tile_avx512<T, Sum>;
+struct MergeTileKernel {
+  template <class T, class Sum>
+  LORA_ALWAYS_INLINE static int64_t run(const MergeTile<T, Sum>& tile) {
+    return merge_tile_body(tile);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &merge_tile_avx2<T, Sum>;
-#endif
-  return &merge_tile_plain<T, Sum>;
-}
+};
 
 }  // namespace detail
 LORA_NAMESPACE_END
