@@ -3,6 +3,7 @@
 #include <lora/config/lora_config.h>
 #include <lora/detail/error.h>
 #include <lora/inject/find.h>
+#include <lora/inject/inject_options.h>
 #include <lora/inject/model_adapters.h>
 #include <lora/inject/report.h>
 #include <lora/inject/verify.h>
@@ -156,10 +157,12 @@ class DisableAdapters {
 /// `model` is a torch::nn::Module& or a torch::jit::Module&. Throws c10::ValueError, with the model unchanged, for a
 /// configuration out of range and for a target that matches nothing; StateError for a model that has adapters.
 template <class Model, class Config>
-Adapters inject(Model& model, const Config& config, const std::string& name = "default") {
+Adapters inject(Model& model, const Config& config, const std::string& name = "default",
+                const InjectOptions& options = {}) {
   const auto method = std::make_shared<const typename Config::Method>(config);
   const auto state = detail::open_model(model);
   state->add(method, name);
+  detail::accelerate_by_default(*state, options.accelerate());
   state->install({name}, {});
   state->set_trainable({name});
   return Adapters(state);
@@ -171,6 +174,7 @@ Adapters load(Model& model, const std::string& directory, const std::string& nam
               const LoadOptions& options = {}) {
   const auto state = detail::open_model(model);
   state->attach(detail::PeftReader(*state, name, options).read(directory));
+  detail::accelerate_by_default(*state, options.accelerate());
   state->install({name}, {});
   state->set_trainable({});
   return Adapters(state);
@@ -182,6 +186,7 @@ Adapters load(Model& model, const std::string& file, const LoraConfig& config, c
               const LoadOptions& options = {}) {
   const auto state = detail::open_model(model);
   state->attach(detail::PeftReader(*state, name, options).read(file, config));
+  detail::accelerate_by_default(*state, options.accelerate());
   state->install({name}, {});
   state->set_trainable({});
   return Adapters(state);
@@ -195,6 +200,7 @@ Adapters load_all(Model& model, const std::string& directory, const LoadOptions&
   for (const auto& [name, folder] : detail::adapter_folders(directory)) {
     state->attach(detail::PeftReader(*state, name, options).read(folder));
   }
+  detail::accelerate_by_default(*state, options.accelerate());
   state->install({state->adapters().front().name}, {});
   state->set_trainable({});
   return Adapters(state);

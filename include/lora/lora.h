@@ -4,8 +4,10 @@
 #include <lora/config/lora_config.h>  // defines: LoraConfig, LoraInit
 #include <lora/config/targets.h>      // defines: TargetModules, FusedPart
 #include <lora/detail/error.h>        // defines: StateError, FormatError
+#include <lora/inject/accelerate.h>   // defines: accelerate, end_acceleration, acceleration_of
 #include <lora/inject/clone.h>        // defines: clone
 #include <lora/inject/hosts/module_hosts.h>  // defines: register_host
+#include <lora/inject/inject_options.h>      // defines: InjectOptions
 #include <lora/inject/report.h>              // defines: InjectionReport
 #include <lora/inject/verify.h>              // defines: VerifyReport
 #include <lora/io/checkpoint.h>              // defines: load_checkpoint, save_checkpoint, SaveCheckpointOptions
@@ -21,3 +23,4 @@
 #include <lora/train/schedule.h>             // defines: Schedule, ScheduleOptions, ScheduleType, schedule_factor
 #include <lora/training_state.h>             // defines: TrainingState
 #include <lora/version.h>                    // defines: LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH
+#include <lora/weight/product_plan.h>        // defines: ProductPlan, ProductShape, ProductKernel

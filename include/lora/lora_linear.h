@@ -1,6 +1,7 @@
 #pragma once
 
 #include <lora/inject/find.h>
+#include <lora/inject/inject_options.h>
 #include <lora/inject/model_adapters.h>
 #include <lora/methods/lora.h>
 #include <lora/version.h>
@@ -26,9 +27,10 @@ class LoRALinearImpl : public torch::nn::Module {
   using Config = typename Method::Config;
 
   /// Shares `base`; the adapter is active and trainable.
-  explicit LoRALinearImpl(torch::nn::Linear base, const Config& config = {}, const std::string& name = "default")
+  explicit LoRALinearImpl(torch::nn::Linear base, const Config& config = {}, const std::string& name = "default",
+                          const InjectOptions& options = {})
       : base_layer(register_module("base_layer", std::move(base))) {
-    detail::check_without_adapters(*this);
+    const auto plan = detail::take_acceleration(*this);
     auto targeted = config;
     targeted.target_modules({"base_layer"});
     const auto method = std::make_shared<const Method>(targeted);
@@ -36,6 +38,8 @@ class LoRALinearImpl : public torch::nn::Module {
     const auto state = std::make_shared<detail::ModelAdapters>(
         walk.layer(base_layer.ptr(), "base_layer", /*file_path=*/""), base_layer->parameters(), nullptr);
     state->add(method, name);
+    if (plan != nullptr) state->accelerate(plan, /*stays=*/true);
+    detail::accelerate_by_default(*state, options.accelerate());
     state->install({name}, {});
     state->set_trainable({name});
   }

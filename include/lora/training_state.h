@@ -9,18 +9,21 @@
 #include <lora/detail/json.h>
 #include <lora/detail/random_state.h>
 #include <lora/inject/adapters_json.h>
+#include <lora/io/product_plan_json.h>
 #include <lora/io/training_file.h>
 #include <lora/train/fields.h>
 #include <lora/train/optimizer_state.h>
 #include <lora/train/schedule.h>
 #include <lora/train/values.h>
 #include <lora/version.h>
+#include <lora/weight/product_plan.h>
 #include <torch/optim/optimizer.h>
 
 #include <cstdint>
 #include <exception>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <optional>
 #include <set>
 #include <string>
@@ -52,8 +55,9 @@ class TrainingState {
   /// Tensors with their names.
   using NamedTensors = detail::NamedTensors;
 
-  /// Keeps every tensor of every adapter. load() refuses a file of other adapters, of another choice of active or
-  /// trainable ones, or on another base: one whose parameters, but those that the run trains, hash differently.
+  /// Keeps every tensor of every adapter, and the kernels that an accelerated model's products run by. load() refuses a
+  /// file of other adapters, of another choice of active or trainable ones, or on another base: one whose parameters,
+  /// but those that the run trains, hash differently.
   TrainingState& adapters(const Adapters& adapters) {
     adapters_ = adapters;
     base_hash_.clear();
@@ -123,6 +127,7 @@ class TrainingState {
   std::vector<at::Device> devices() const;
   std::optional<detail::OptimizerState> optimizer_state() const;
   detail::Json fixed() const;
+  std::shared_ptr<ProductPlan> product_plan() const { return adapters_ ? adapters_->state().calls()->plan() : nullptr; }
 
   std::optional<Adapters> adapters_;
   NamedTensors tensors_;
@@ -207,6 +212,10 @@ inline void TrainingState::save(const std::string& path) const {
     values[name] = detail::field_json(value, detail::kValuePrefix + name, file.tensors);
   }
   file.run["values"] = std::move(values);
+  if (const auto plan = product_plan()) {
+    plan->complete();  // else a shape that comes later might be decided otherwise when the run goes on
+    file.run["products"] = detail::plan_json(*plan);
+  }
   detail::write_training_file(path, file);
 }
 
@@ -223,7 +232,9 @@ inline bool TrainingState::load(const std::string& path) {
   std::optional<detail::OptimizerState::Prepared> prepared;
   std::map<std::string, c10::IValue> values;
   std::vector<std::string> problems;
+  ProductPlan::Choices products;
   try {
+    if (file.run.contains("products")) products = detail::plan_choices(file.run["products"]);
     detail::add_differences("", file.run.at("fixed"), expected, problems);
     detail::compare_tensors(file, tensors, devices(), problems);
     const auto state = file.run.find("optimizer");
@@ -241,6 +252,7 @@ inline bool TrainingState::load(const std::string& path) {
                       {"found a state that the optimizer refuses: " + std::string(refused.what_without_backtrace())});
   }
   detail::take_tensors(file, tensors, devices());
+  if (const auto plan = product_plan()) plan->pin(products);
   values_ = std::move(values);
   return true;
 }

@@ -210,6 +210,19 @@ TEST_F(Snippet, OfTheGuideMergeForGood) {
   }
 }
 
+TEST_F(Snippet, OfTheGuideAccelerate) {
+  auto model = gpt2();
+  auto adapters = lora::inject(*model, lora::LoraConfig().r(8).target_modules({"c_attn"}));
+  const auto plan = lora::acceleration_of(*model);
+  std::cout << *plan;              // a line for each shape: which kernel, by which times
+  lora::end_acceleration(*model);  // LibTorch's products again; the adapters stay
+  lora::accelerate(*model);        // as inject does, but for good: models without adapters, too
+  auto pinned = std::make_shared<lora::ProductPlan>();
+  pinned->pin(plan->choices());
+  lora::accelerate(*model, pinned);
+  EXPECT_EQ(lora::acceleration_of(*model), pinned);
+}
+
 TEST_F(Snippet, OfTheGuideWriteAModelWithAdapters) {
   struct Block : torch::nn::Module {
     lora::LoRALinear<> fc =

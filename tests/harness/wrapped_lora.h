@@ -19,12 +19,6 @@ class WrappedUpdate : public lora::Update {
   int64_t in_features() const override { return update_->in_features(); }
   int64_t out_features() const override { return update_->out_features(); }
   std::vector<lora::UpdateTensor> tensors() const override { return update_->tensors(); }
-  at::Tensor product(const at::Tensor& x, const lora::Block& block) const override {
-    return update_->product(x, block);
-  }
-  at::Tensor transposed_product(const at::Tensor& x, const lora::Block& block) const override {
-    return update_->transposed_product(x, block);
-  }
   lora::LowRank low_rank() const override { return update_->low_rank(); }
   std::shared_ptr<lora::Update> clone(at::Device device) const override { return update_->clone(device); }
 

@@ -266,7 +266,10 @@ TEST_P(EveryHostInFloat64, RunsThePlainModelsOperatorsOnceMergedOrUnloaded) {
   ASSERT_FALSE(frozen.empty());
 
   const auto model = GetParam().make();
-  auto adapters = inject(model);
+  model.module->to(at::kDouble);
+  const auto unaccelerated = lora::InjectOptions().accelerate(false);
+  auto adapters = lora::inject(*model.module, config(GetParam()), "default", unaccelerated);
+  harness::fill(adapters);
   EXPECT_NE(operators_of(model, x()), frozen) << "unmerged";
   adapters.merge();
   EXPECT_EQ(operators_of(model, x()), frozen) << "merged";

@@ -283,6 +283,42 @@ TEST_F(TrainingState, KeepsValuesOfEveryType) {
   EXPECT_THAT([&] { state.get<double>("text"); }, ThrowsMessage<c10::ValueError>(HasSubstr("type String")));
 }
 
+TEST_F(TrainingState, KeepsTheKernelsOfTheProducts) {
+  // Shapes of no run, with choices that measuring would not come to.
+  const auto shape = [](int64_t in) {
+    lora::ProductShape result;
+    result.rows = 64;
+    result.in = in;
+    result.out = 1 << 20;
+    return result;
+  };
+  const auto fresh = [](Training& training) {
+    const auto plan = std::make_shared<lora::ProductPlan>();
+    lora::accelerate(*training.model, plan);
+    return plan;
+  };
+  Training training;
+  const auto plan = fresh(training);
+  lora::ProductPlan::Choices choices;
+  choices[shape(1)].kernel = lora::ProductKernel::kOneDnn;
+  choices[shape(2)].kernel = lora::ProductKernel::kAten;
+  for (auto& [known, choice] : lora::ProductPlan::Choices(choices)) {
+    for (auto rows = int64_t{1}; rows < 64; rows *= 2) {  // so that nothing is left to be measured
+      auto other = known;
+      other.rows = rows;
+      choices[other] = choice;
+    }
+  }
+  plan->pin(choices);
+  training.state.save(training.folder / "run");
+
+  Training again;
+  const auto read = fresh(again);
+  ASSERT_TRUE(again.state.load(training.folder / "run"));
+  ASSERT_EQ(read->choices().size(), choices.size());
+  for (const auto& [known, choice] : read->choices()) EXPECT_EQ(choice.kernel, choices.at(known).kernel);
+}
+
 TEST_F(TrainingState, WithoutAFileThereIsNothingToLoad) {
   Training training;
   const auto before = training.bytes();

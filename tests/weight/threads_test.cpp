@@ -153,14 +153,14 @@ class Gate {
   bool open_ = false;
 };
 
-/// LoRA whose product waits at a gate.
+/// LoRA whose products wait at a gate.
 class GatedUpdate final : public harness::WrappedUpdate {
  public:
   GatedUpdate(std::shared_ptr<lora::Update> update, std::shared_ptr<Gate> gate)
       : WrappedUpdate(std::move(update)), gate_(std::move(gate)) {}
-  at::Tensor product(const at::Tensor& x, const lora::Block& block) const override {
+  lora::LowRank low_rank() const override {
     gate_->pass();
-    return WrappedUpdate::product(x, block);
+    return WrappedUpdate::low_rank();
   }
 
  private:

@@ -26,14 +26,8 @@ class PlainModel {
     for (auto& site : adapters_.sites()) {
       if (site.weight == nullptr) continue;
       site.host->set_weight(site.base());
-      for (const auto& adapter : site.adapters) {
-        const auto node = adapter.node.lock();
-        const bool known =
-            std::any_of(nodes_.begin(), nodes_.end(), [&](const HungNode& hung) { return hung.node == node; });
-        if (node == nullptr || known) continue;
-        site.host->detach(node->name());
-        nodes_.push_back({site.host, node});
-      }
+      for (const auto& adapter : site.adapters) take_out(site.host, adapter.node.lock());
+      take_out(site.host, site.acceleration.lock());
     }
   }
   ~PlainModel() {
@@ -47,8 +41,16 @@ class PlainModel {
   /// A node with the host that it hangs below.
   struct HungNode {
     std::shared_ptr<Host> host;
-    std::shared_ptr<AdapterNode> node;
+    std::shared_ptr<HostNode> node;
   };
+
+  void take_out(const std::shared_ptr<Host>& host, const std::shared_ptr<HostNode>& node) {
+    const bool known =
+        std::any_of(nodes_.begin(), nodes_.end(), [&](const HungNode& hung) { return hung.node == node; });
+    if (node == nullptr || known) return;
+    host->detach(node->name());
+    nodes_.push_back({host, node});
+  }
 
   ModelAdapters& adapters_;
   std::vector<HungNode> nodes_;
@@ -107,6 +109,7 @@ std::shared_ptr<Model> clone(const Model& model, const std::optional<torch::Devi
     state->attach(std::move(prepared));
     if (adapter.trainable) trainable.push_back(adapter.name);
   }
+  if (const auto& plan = adapters->calls()->plan()) state->accelerate(plan, adapters->acceleration_stays());
   state->install(adapters->active(), {});
   state->set_trainable(trainable);
   return std::dynamic_pointer_cast<Model>(copy);

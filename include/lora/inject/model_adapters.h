@@ -13,6 +13,7 @@
 #include <lora/version.h>
 #include <lora/weight/adapted_weight.h>
 #include <lora/weight/adapter_node.h>
+#include <lora/weight/product_plan.h>
 #include <lora/weight/registrar.h>
 
 #include <algorithm>
@@ -232,12 +233,49 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     if (!problems.empty()) throw StateError(problems);
   }
 
+  /// Lets products with frozen weights go by a plan, those of weights without an adapter too, until unload(), or
+  /// beyond it where it `stays`.
+  void accelerate(std::shared_ptr<ProductPlan> plan, bool stays) {
+    calls_->set_plan(std::move(plan));
+    acceleration_stays_ = stays;
+    std::map<std::string, std::shared_ptr<HostNode>> nodes;
+    for (auto& site : model_.sites) {
+      if (!site.is_multiplied_matrix() || !site.host->alive()) continue;
+      const bool elsewhere = site.weight == nullptr && as_carrier(site.host->weight()) != nullptr;
+      if (elsewhere) continue;
+      make_weight(site);
+      if (!site.host->takes_nodes() || !site.acceleration.expired()) continue;
+      auto& node = nodes[site.module_path];
+      if (node == nullptr) {
+        node = std::make_shared<HostNode>(kAccelerationNode, shared_from_this());
+        site.host->attach(kAccelerationNode, node);
+      }
+      node->add(site.weight);
+      site.acceleration = node;
+    }
+    install(active_, merged_, merged_weights());
+  }
+
+  /// Goes back to ATen's products; weights without an adapter become plain.
+  void end_acceleration() {
+    calls_->set_plan(nullptr);
+    acceleration_stays_ = false;
+    const auto self = shared_from_this();  // a node may be its last owner
+    detach_acceleration();
+    install(active_, merged_, merged_weights());
+    for (auto& site : model_.sites) {
+      if (site.adapters.empty()) site.weight.reset();
+    }
+  }
+
+  bool acceleration_stays() const { return acceleration_stays_; }
+
   /// Makes `active` the active adapters. `weights` holds the merged W′ of sites by index, `merged` the adapters in
   /// them; a site without one goes back to W0.
   void install(const Names& active, const Names& merged, const std::map<size_t, at::Tensor>& weights = {}) {
     check_copies(active);
     std::vector<SiteChange> changes;
-    bool any_carrier = false;
+    bool any_carrier = false, any_low_rank = false;
     for (size_t i = 0; i < model_.sites.size(); ++i) {
       auto& site = model_.sites[i];
       if (site.weight == nullptr) continue;
@@ -253,8 +291,15 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
         }
       }
       change.carrier = is_merged ? !change.unmerged.empty() || splits_uses : !site.adapters.empty();
-      any_carrier = any_carrier || change.carrier;
+      any_low_rank = any_low_rank || change.carrier;
       changes.push_back(std::move(change));
+    }
+    for (auto& change : changes) {
+      // A TorchScript model that is merged as a whole can be saved and moved: its slots are plain, unless asked for.
+      const bool accelerates = change.site.host->takes_nodes() || any_low_rank || acceleration_stays_;
+      change.carrier =
+          change.carrier || (calls_->plan() != nullptr && accelerates && change.site.is_multiplied_matrix());
+      any_carrier = any_carrier || change.carrier;
     }
     if (session_ != nullptr && any_carrier) session_->begin();
     for (const auto& change : changes) change.apply(shared_from_this());
@@ -294,6 +339,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       if (site.host->alive()) site.host->set_weight(site.base());
     }
     while (!adapters_.empty()) detach(std::string(adapters_.back().name));
+    detach_acceleration();
     for (auto& [parameter, required] : original_parameters_) {
       if (parameter.is_leaf()) parameter.set_requires_grad(required);
       for (auto& [fresh, old] : untied_) {
@@ -301,8 +347,14 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       }
     }
     for (auto& site : model_.sites) site.weight.reset();
-    session_.reset();
     unloaded_ = true;
+    if (acceleration_stays_) {
+      std::vector<at::Tensor> parameters;
+      for (auto& [parameter, required] : original_parameters_) parameters.push_back(parameter);
+      const auto next = std::make_shared<ModelAdapters>(std::move(model_), std::move(parameters), std::move(session_));
+      next->accelerate(calls_->plan(), /*stays=*/true);
+    }
+    session_.reset();
   }
 
   /// Takes over the adapters of another set that check_joinable let pass, whose paths are relative to `root`; its
@@ -319,6 +371,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       for (const auto& adapter : site.adapters) {
         if (const auto node = adapter.node.lock()) node->set_owner(shared_from_this());
       }
+      if (const auto node = site.acceleration.lock()) node->set_owner(shared_from_this());
       model_.sites.push_back(std::move(site));
     }
     for (auto& adapter : other.adapters_) {
@@ -335,6 +388,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       for (auto& entry : adapter.report.entries) known->report.entries.push_back(std::move(entry));
     }
     calls_->add_fallbacks(other.calls_->fallbacks());
+    if (other.calls_->plan() != nullptr) calls_->set_plan(other.calls_->plan());
     for (auto& parameter : other.original_parameters_) original_parameters_.push_back(std::move(parameter));
     for (const auto& name : other.active_) {
       if (!contains(active_, name)) active_.push_back(name);
@@ -358,6 +412,8 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   }
 
   static std::string node_name(const std::string& adapter) { return "lora_" + adapter; }
+  /// Not the node of an adapter of any name.
+  static constexpr const char* kAccelerationNode = "accelerated";
 
  private:
   template <class Function>
@@ -387,13 +443,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   void attach(const PreparedAdapter& prepared, size_t index, const std::shared_ptr<WeightAdapter>& adapter,
               std::map<std::string, std::shared_ptr<AdapterNode>>& nodes) {
     auto& site = model_.sites[index];
-    if (site.weight == nullptr) {
-      auto base = site.host->weight();
-      const bool absent = !base.defined();
-      if (absent) base = absent_bias(site);
-      site.weight = std::make_shared<AdaptedWeight>(site.host, std::move(base), calls_, site.layout, absent);
-      if (site.is_multiplied) site.weight->note_multiplied();
-    }
+    make_weight(site);
     auto& node = nodes[site.module_path];
     if (node == nullptr) {
       node = std::make_shared<AdapterNode>(node_name(prepared.name), shared_from_this(), prepared.method);
@@ -401,6 +451,36 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     }
     site.adapters.push_back({adapter, node});  // first: from here on detach() takes it back
     node->add(site.weight, *adapter);
+  }
+
+  void make_weight(Site& site) const {
+    if (site.weight != nullptr) return;
+    auto base = site.host->weight();
+    const bool absent = !base.defined();
+    if (absent) base = absent_bias(site);
+    site.weight = std::make_shared<AdaptedWeight>(site.host, std::move(base), calls_, site.layout, absent);
+    if (site.is_multiplied) site.weight->note_multiplied();
+  }
+
+  void detach_acceleration() {
+    std::set<std::string> done;
+    for (auto& site : model_.sites) {
+      const bool hangs = !site.acceleration.expired() && site.host->alive();
+      if (hangs && done.insert(site.module_path).second) site.host->detach(kAccelerationNode);
+      site.acceleration.reset();
+    }
+  }
+
+  /// W′ of the sites that are merged now.
+  std::map<size_t, at::Tensor> merged_weights() const {
+    std::map<size_t, at::Tensor> weights;
+    for (size_t i = 0; i < model_.sites.size(); ++i) {
+      const auto& weight = model_.sites[i].weight;
+      if (weight == nullptr) continue;
+      const auto snapshot = weight->snapshot();
+      if (!snapshot->base.is_same(weight->base())) weights.emplace(i, snapshot->base);
+    }
+    return weights;
   }
 
   /// What the bias of a layer without one counts as.
@@ -429,6 +509,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
   std::recursive_mutex mutex_;
   std::weak_ptr<ModelAdapters> joined_into_;
   bool unloaded_ = false;
+  bool acceleration_stays_ = false;
 };
 
 }  // namespace detail

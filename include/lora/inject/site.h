@@ -42,11 +42,14 @@ struct Site {
   std::shared_ptr<Host> host;
   std::function<bool(const Targeting&, const std::string& path)> predicate;  // target_if on this module
 
-  std::shared_ptr<AdaptedWeight> weight;  // null until an adapter goes in
+  std::shared_ptr<AdaptedWeight> weight;  // null until an adapter goes in or the model is accelerated
   std::vector<Adapter> adapters;          // by the order of their injection
+  std::weak_ptr<HostNode> acceleration;   // expired where the model is not accelerated, and in TorchScript
 
   /// Whether targets can name the site.
   bool takes_updates() const { return layout != WeightLayout::kPlain; }
+  /// Whether the weight is a matrix that the model multiplies with.
+  bool is_multiplied_matrix() const { return layout == WeightLayout::kRows || layout == WeightLayout::kColumns; }
   /// The parameter as the model holds it; undefined for the bias of a layer without one.
   at::Tensor base() const {
     if (weight == nullptr) return host->weight();

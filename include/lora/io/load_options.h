@@ -26,6 +26,9 @@ class LoadOptions {
   TORCH_ARG(TargetModules, may_lack);
   /// Tensors of the file that may be left out: modules of the file, after key_mapping, named as in may_lack.
   TORCH_ARG(TargetModules, may_ignore);
+  /// Whether the model's frozen products run by the fastest kernel, see InjectOptions; of an adapter that is loaded
+  /// into a model without one.
+  TORCH_ARG(bool, accelerate) = true;
 };
 
 LORA_NAMESPACE_END

@@ -1,8 +1,6 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
 #include <lora/config/lora_config.h>
 #include <lora/methods/method.h>
@@ -38,14 +36,6 @@ class LoraUpdate final : public Update {
     return {{"lora_A", A_, TensorRole::kInput}, {"lora_B", B_, TensorRole::kOutput}};
   }
 
-  at::Tensor product(const at::Tensor& x, const Block& block) const override {
-    return at::linear(at::linear(x, columns_of_A(block, x)) * scaling_, rows_of_B(block, x));
-  }
-
-  at::Tensor transposed_product(const at::Tensor& x, const Block& block) const override {
-    return at::matmul(at::matmul(x, rows_of_B(block, x)) * scaling_, columns_of_A(block, x));
-  }
-
   LowRank low_rank() const override { return {A_, B_, scaling_}; }
 
   std::shared_ptr<Update> clone(at::Device device) const override {
@@ -56,16 +46,6 @@ class LoraUpdate final : public Update {
   }
 
  private:
-  // The factors are cast to x's dtype, and never x to theirs: they are small, a copy of x is not.
-  at::Tensor columns_of_A(const Block& block, const at::Tensor& x) const {
-    const auto part = block.columns == A_.size(1) ? A_ : A_.narrow(1, block.column, block.columns);
-    return part.to(x.scalar_type());
-  }
-  at::Tensor rows_of_B(const Block& block, const at::Tensor& x) const {
-    const auto part = block.rows == B_.size(0) ? B_ : B_.narrow(0, block.row, block.rows);
-    return part.to(x.scalar_type());
-  }
-
   at::Tensor A_;
   at::Tensor B_;
   double scaling_;

@@ -15,15 +15,7 @@
 
 LORA_NAMESPACE_BEGIN
 
-/// A rectangle of a matrix: rows [row, row + rows), columns [column, column + columns).
-struct Block {
-  int64_t row = 0;      ///< The first row.
-  int64_t rows = 0;     ///< Their number.
-  int64_t column = 0;   ///< The first column.
-  int64_t columns = 0;  ///< Their number.
-};
-
-/// An update as scaling · B · A with A [r, in] and B [out, r]: the form in which it is merged.
+/// An update as scaling · B · A with A [r, in] and B [out, r].
 struct LowRank {
   at::Tensor A;        ///< [r, in]
   at::Tensor B;        ///< [out, r]
@@ -59,13 +51,7 @@ class Update {
   /// The trainable tensors, in a fixed order; they stay the same tensors for the life of the update.
   virtual std::vector<UpdateTensor> tensors() const = 0;
 
-  /// x · ΔWᵀ for a block of ΔW: x [*, block.columns] → [*, block.rows], in x's dtype.
-  virtual at::Tensor product(const at::Tensor& x, const Block& block) const = 0;
-
-  /// x · ΔW for a block of ΔW: x [*, block.rows] → [*, block.columns], in x's dtype.
-  virtual at::Tensor transposed_product(const at::Tensor& x, const Block& block) const = 0;
-
-  /// ΔW in factors, in the adapter's dtype.
+  /// ΔW in factors, in the adapter's dtype, differentiable in the update's tensors. Products and merging work on these.
   virtual LowRank low_rank() const = 0;
 
   /// A copy with tensors of its own on the given device.

@@ -94,6 +94,14 @@ class AdaptedWeight {
   std::shared_ptr<const Snapshot> snapshot_;
 };
 
+/// A rectangle of a matrix: rows [row, row + rows), columns [column, column + columns).
+struct Block {
+  int64_t row = 0;
+  int64_t rows = 0;
+  int64_t column = 0;
+  int64_t columns = 0;
+};
+
 /// Which part of an adapted matrix a tensor stands for: a block of it, perhaps transposed.
 struct WeightView {
   Block block;

@@ -14,17 +14,47 @@
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
-/// The child module of a host with one adapter's tensors, so that parameters(), to(), zero_grad() and the like reach
-/// them. Archives of the plain model neither hold nor expect it.
-class AdapterNode final : public torch::nn::Module {
+/// A child module of a host through which to() reaches what stands in the place of the host's weights. Archives of the
+/// plain model neither hold nor expect it.
+class HostNode : public torch::nn::Module {
  public:
   /// `owner` is the shared state of the model's adapters, kept alive by the model through this node.
+  HostNode(std::string name, std::shared_ptr<void> owner)
+      : torch::nn::Module(std::move(name)), owner_(std::move(owner)) {}
+
+  void add(const std::shared_ptr<AdaptedWeight>& weight) { weights_.push_back(weight); }
+
+  const std::shared_ptr<void>& owner() const { return owner_; }
+  void set_owner(std::shared_ptr<void> owner) { owner_ = std::move(owner); }
+
+  bool is_serializable() const override { return false; }
+
+  void to(torch::Device device, torch::Dtype dtype, bool /*non_blocking*/ = false) override { moved(device, dtype); }
+  void to(torch::Dtype dtype, bool /*non_blocking*/ = false) override { moved(std::nullopt, dtype); }
+  void to(torch::Device device, bool /*non_blocking*/ = false) override { moved(device, std::nullopt); }
+
+ protected:
+  void moved(std::optional<c10::Device> device, std::optional<at::ScalarType> dtype) {
+    for (const auto& weak : weights_) {
+      if (const auto weight = weak.lock()) weight->moved(device, dtype);
+    }
+  }
+
+ private:
+  std::shared_ptr<void> owner_;
+  std::vector<std::weak_ptr<AdaptedWeight>> weights_;
+};
+
+/// The child module of a host with one adapter's tensors, so that parameters(), to(), zero_grad() and the like reach
+/// them.
+class AdapterNode final : public HostNode {
+ public:
   AdapterNode(std::string name, std::shared_ptr<void> owner, std::shared_ptr<const Method> method)
-      : torch::nn::Module(std::move(name)), owner_(std::move(owner)), method_(std::move(method)) {}
+      : HostNode(std::move(name), std::move(owner)), method_(std::move(method)) {}
 
   /// Adds the tensors of one weight's adapter, each below the child that it names.
   void add(const std::shared_ptr<AdaptedWeight>& weight, const WeightAdapter& adapter) {
-    weights_.push_back(weight);
+    HostNode::add(weight);
     for (const auto& [child, named] : adapter.tensors()) {
       auto* module = this;
       if (!child.empty()) {
@@ -40,11 +70,6 @@ class AdapterNode final : public torch::nn::Module {
       }
     }
   }
-
-  const std::shared_ptr<void>& owner() const { return owner_; }
-  void set_owner(std::shared_ptr<void> owner) { owner_ = std::move(owner); }
-
-  bool is_serializable() const override { return false; }
 
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override {
     torch::nn::Module::to(device, method_->tensor_dtype(dtype), non_blocking);
@@ -69,15 +94,7 @@ class AdapterNode final : public torch::nn::Module {
     }
   }
 
-  void moved(std::optional<c10::Device> device, std::optional<at::ScalarType> dtype) {
-    for (const auto& weak : weights_) {
-      if (const auto weight = weak.lock()) weight->moved(device, dtype);
-    }
-  }
-
-  std::shared_ptr<void> owner_;
   std::shared_ptr<const Method> method_;
-  std::vector<std::weak_ptr<AdaptedWeight>> weights_;
 };
 
 }  // namespace detail

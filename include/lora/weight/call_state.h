@@ -2,14 +2,17 @@
 
 #include <c10/util/Exception.h>
 #include <lora/version.h>
+#include <lora/weight/product_plan.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 LORA_NAMESPACE_BEGIN
@@ -71,6 +74,10 @@ class CallState {
     }
   }
 
+  /// The plan that products with frozen weights go by; null: every product is ATen's.
+  const std::shared_ptr<ProductPlan>& plan() const { return plan_; }
+  void set_plan(std::shared_ptr<ProductPlan> plan) { plan_ = std::move(plan); }
+
   void add_fallbacks(const std::map<std::string, int64_t>& counts) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& [operator_name, count] : counts) fallbacks_[operator_name] += count;
@@ -87,6 +94,7 @@ class CallState {
   mutable std::mutex mutex_;
   std::vector<std::thread::id> disabled_threads_;
   std::map<std::string, int64_t> fallbacks_;
+  std::shared_ptr<ProductPlan> plan_;
 };
 
 }  // namespace detail

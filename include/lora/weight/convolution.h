@@ -6,6 +6,7 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/conv3d.h>
 #include <ATen/ops/convolution.h>
+#include <ATen/ops/dropout.h>
 #include <c10/util/string_view.h>
 #include <lora/version.h>
 #include <lora/weight/adapted_weight.h>
@@ -62,7 +63,7 @@ at::Tensor adapted_convolution(const at::Tensor& input, const at::Tensor& kernel
   return adapted_call(
       *carrier, [&](const at::Tensor& values, const auto&) { return convolve(x, values, b); },
       [&](const WeightAdapter& adapter, at::Tensor& y) {
-        const auto dropped = update_input(adapter, weight, x);
+        const auto dropped = drops_input(adapter, weight) ? at::dropout(x, adapter.dropout, /*train=*/true) : x;
         const auto channels = y.dim() - spatial - 1;  // the input may have no batch dimension
         y.add_(join_parts(adapter, {0, out, 0, 0}, channels, [&](const WeightAdapter::Part& part, const Block&) {
           const auto factors = part.update->low_rank();

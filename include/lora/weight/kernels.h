@@ -44,25 +44,29 @@ inline AdaptedWeightImpl* as_matrix_carrier(const at::Tensor& tensor) {
 inline at::Tensor linear_kernel(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias) {
   const auto x = plain(input, "aten::linear");
-  const std::optional<at::Tensor> b = bias ? std::optional<at::Tensor>(plain(*bias, "aten::linear")) : bias;
+  std::optional<at::Tensor> b;
+  if (bias && bias->defined()) b = plain(*bias, "aten::linear");
   auto* carrier = as_matrix_carrier(weight);
   if (carrier == nullptr) return at::linear(x, plain(weight, "aten::linear"), b);
-  return adapted_product(x, *carrier, carrier->view().transpose(), 1,
-                         [&](const at::Tensor& base) { return at::linear(x, base, b); });
+  return adapted_product(
+      x, *carrier, carrier->view().transpose(), b, 1, 1,
+      [](const auto& rows, const auto& matrix, const auto& addend) { return at::linear(rows, matrix.t(), addend); });
 }
 
 inline at::Tensor matmul_kernel(const at::Tensor& self, const at::Tensor& other) {
   const auto x = plain(self, "aten::matmul");
   auto* carrier = as_matrix_carrier(other);
   if (carrier == nullptr) return at::matmul(x, plain(other, "aten::matmul"));
-  return adapted_product(x, *carrier, carrier->view(), 1, [&](const at::Tensor& base) { return at::matmul(x, base); });
+  return adapted_product(x, *carrier, carrier->view(), {}, 1, 1,
+                         [](const auto& rows, const auto& matrix, const auto&) { return at::matmul(rows, matrix); });
 }
 
 inline at::Tensor mm_kernel(const at::Tensor& self, const at::Tensor& other) {
   const auto x = plain(self, "aten::mm");
   auto* carrier = as_matrix_carrier(other);
   if (carrier == nullptr) return at::mm(x, plain(other, "aten::mm"));
-  return adapted_product(x, *carrier, carrier->view(), 1, [&](const at::Tensor& base) { return at::mm(x, base); });
+  return adapted_product(x, *carrier, carrier->view(), {}, 1, 1,
+                         [](const auto& rows, const auto& matrix, const auto&) { return at::mm(rows, matrix); });
 }
 
 inline at::Tensor addmm_kernel(const at::Tensor& self, const at::Tensor& mat1, const at::Tensor& mat2,
@@ -71,8 +75,10 @@ inline at::Tensor addmm_kernel(const at::Tensor& self, const at::Tensor& mat1, c
   const auto x = plain(mat1, "aten::addmm");
   auto* carrier = as_matrix_carrier(mat2);
   if (carrier == nullptr) return at::addmm(bias, x, plain(mat2, "aten::addmm"), beta, alpha);
-  return adapted_product(x, *carrier, carrier->view(), alpha.toDouble(),
-                         [&](const at::Tensor& base) { return at::addmm(bias, x, base, beta, alpha); });
+  return adapted_product(x, *carrier, carrier->view(), bias, beta.toDouble(), alpha.toDouble(),
+                         [&](const auto& rows, const auto& matrix, const auto& addend) {
+                           return at::addmm(*addend, rows, matrix, beta, alpha);
+                         });
 }
 
 // Views. The carrier of a matrix is closed under transposing and slicing: rows of ΔW are rows of B, columns are columns

@@ -1,17 +1,23 @@
 #pragma once
 
+#include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/dropout.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <lora/version.h>
 #include <lora/weight/adapted_weight.h>
+#include <lora/weight/dropout.h>
+#include <lora/weight/low_rank_product.h>
 
 #include <algorithm>
 #include <memory>
+#include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -56,23 +62,21 @@ at::Tensor join_parts(const WeightAdapter& adapter, const Block& block, int64_t 
   return pieces.size() == 1 ? pieces.front() : at::cat(pieces, dim);
 }
 
-/// x · ΔWᵀ of one adapter: x [*, block.columns] → [*, block.rows], undefined where the adapter has no row in the block.
-inline at::Tensor adapter_product(const WeightAdapter& adapter, const at::Tensor& x, const Block& block) {
-  return join_parts(adapter, block, -1,
-                    [&](const WeightAdapter::Part& part, const Block& rows) { return part.update->product(x, rows); });
-}
-
-/// x · ΔW of one adapter: x [*, block.rows] → [*, block.columns], undefined where the adapter has no row in the block.
-inline at::Tensor adapter_transposed_product(const WeightAdapter& adapter, const at::Tensor& x, const Block& block) {
-  at::Tensor sum;
+/// Adds to `terms` what an adapter adds to a product with V, a view of its weight; alpha is the product's factor. All
+/// parts drop the same elements of x.
+inline void add_terms(const WeightAdapter& adapter, const WeightView& view, double alpha,
+                      const std::shared_ptr<const Dropout>& dropout, std::vector<LowRankTerm>& terms) {
+  const auto& block = view.block;
   for (const auto& part : adapter.parts) {
     const Overlap rows(part.begin, part.update->out_features(), block);
     if (rows.length <= 0) continue;
-    auto term = part.update->transposed_product(x.narrow(-1, rows.in_block, rows.length),
-                                                {rows.in_update, rows.length, block.column, block.columns});
-    sum = sum.defined() ? sum + term : term;
+    auto factors = part.update->low_rank();
+    if (factors.A.size(1) != block.columns) factors.A = factors.A.narrow(1, block.column, block.columns);
+    if (factors.B.size(0) != rows.length) factors.B = factors.B.narrow(0, rows.in_update, rows.length);
+    // V is Wᵀ for x·Wᵀ, where the rows of W are columns of the result.
+    terms.push_back({std::move(factors.A), std::move(factors.B), !view.transposed, view.transposed ? 0 : rows.in_block,
+                     view.transposed ? rows.in_block : 0, alpha * factors.scaling, dropout});
   }
-  return sum;
 }
 
 /// Adds to y = x · V what replacing rows of the parameter changes, for a view V of it.
@@ -116,40 +120,100 @@ at::Tensor adapted_call(AdaptedWeightImpl& carrier, const BaseCall& base_call, c
   return y;
 }
 
-/// The input of an adapter's update: with dropped elements in training.
-inline at::Tensor update_input(const WeightAdapter& adapter, const AdaptedWeight& weight, const at::Tensor& x) {
-  const bool drops = adapter.dropout > 0 && weight.host().training();
-  return drops ? at::dropout(x, adapter.dropout, /*train=*/true) : x;
+/// Whether the adapter drops elements of its input now.
+inline bool drops_input(const WeightAdapter& adapter, const AdaptedWeight& weight) {
+  return adapter.dropout > 0 && weight.host().training();
 }
 
-/// x · V for a view V [in, out] of an adapted weight: `base_product(V of the base)` + Σ `scale` · x · ΔVᵢ.
+/// Casts what autocast would cast of a product's operands; nothing where it is off.
+inline void apply_autocast(ProductCall& call) {
+  const auto device = call.x.device().type();
+  if (!at::autocast::is_autocast_enabled(device)) return;
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const at::Tensor& tensor) {
+    return tensor.is_floating_point() && tensor.scalar_type() != at::kDouble ? tensor.to(dtype) : tensor;
+  };
+  call.x = cast(call.x);
+  call.matrix = cast(call.matrix);
+  if (call.addend) call.addend = cast(*call.addend);
+}
+
+/// The kernel that the model's plan chooses for a product with a frozen matrix.
+inline ProductKernel chosen_kernel(const ProductCall& call) {
+  const auto& [x, matrix, addend] = std::tie(call.x, call.matrix, call.addend);
+  const bool is_affine = call.alpha == 1 && (!addend || (call.beta == 1 && addend->dim() == 1));
+  // Whatever does not fit is left to ATen, which says what is wrong.
+  if (call.plan == nullptr || !is_affine || x.dim() == 0 || x.size(-1) != matrix.size(0)) return ProductKernel::kAten;
+  if (x.scalar_type() != matrix.scalar_type() || x.device() != matrix.device()) return ProductKernel::kAten;
+  if (addend && (addend->size(0) != matrix.size(1) || addend->scalar_type() != x.scalar_type())) {
+    return ProductKernel::kAten;
+  }
+  return call.plan->choose(matrix.size(0) == 0 ? 0 : x.numel() / matrix.size(0), matrix);
+}
+
+/// The product of a call whose kernel is not chosen yet. A matrix that is itself trained, as an adapter's copy, is
+/// multiplied by the plain operator with its own gradient.
+inline at::Tensor product_of(ProductCall call) {
+  if (c10::GradMode::is_enabled() && call.matrix.requires_grad()) {
+    auto y = call.plain(call.x, call.matrix, call.addend);
+    if (call.terms.empty()) return y;
+    call.matrix = at::Tensor();
+    call.addend = std::move(y);
+    call.beta = 1;
+    call.plain = [](const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>& sum) {
+      return sum->clone();
+    };
+    call.x = call.x.to(call.addend->scalar_type());
+  } else {
+    if (call.terms.empty() && at::autocast::is_autocast_enabled(call.x.device().type())) {
+      return call.plain(call.x, call.matrix, call.addend);
+    }
+    apply_autocast(call);
+    call.kernel = chosen_kernel(call);
+    if (call.terms.empty() && call.kernel == ProductKernel::kAten) {
+      return call.plain(call.x, call.matrix, call.addend);
+    }
+  }
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return LowRankProduct::run(call);
+}
+
+/// beta·addend + alpha·x·V for a view V [in, out] of an adapted weight, the adapters' terms with alpha.
 ///
-/// `base_product` runs the operator that the caller would run on a plain weight, so that without an active adapter the
-/// result is that operator's bit for bit. The weight of an embedding is multiplied with by a tied head, which the
-/// adapter leaves as it is but for rows of tokens.
-template <class BaseProduct>
-at::Tensor adapted_product(const at::Tensor& x, AdaptedWeightImpl& carrier, const WeightView& view, double scale,
-                           const BaseProduct& base_product) {
-  auto& weight = *carrier.weight();
-  const bool table = weight.layout() == WeightLayout::kTable;
-  if (table) weight.note_multiplied();
-  return adapted_call(
-      carrier,
-      [&](const at::Tensor& adapted, const auto& active) {
-        const auto& values = table ? weight.base() : adapted;
-        auto y = base_product(carrier.view().of(weight.matrix(values)));
-        for (const auto& adapter : active) {
-          if (adapter->rows.defined()) add_row_change(adapter->rows, values, weight, x, view, scale, y);
-        }
-        return y;
-      },
-      [&](const WeightAdapter& adapter, at::Tensor& y) {
-        if (table) return;
-        const auto input = update_input(adapter, weight, x);
-        const auto delta = view.transposed ? adapter_product(adapter, input, view.block)
-                                           : adapter_transposed_product(adapter, input, view.block);
-        if (delta.defined()) y.add_(delta, scale);
-      });
+/// `plain` runs the operator that the caller would run on a plain weight, so that without an active adapter and with
+/// ATen's kernel the result is that operator's bit for bit. The weight of an embedding is multiplied with by a tied
+/// head, which the adapter leaves as it is but for rows of tokens.
+inline at::Tensor adapted_product(const at::Tensor& x, AdaptedWeightImpl& carrier, const WeightView& view,
+                                  const std::optional<at::Tensor>& addend, double beta, double alpha,
+                                  ProductCall::Plain plain) {
+  const auto weight = carrier.weight();
+  const bool table = weight->layout() == WeightLayout::kTable;
+  if (table) weight->note_multiplied();
+  const auto calls = weight->calls();
+  const CallState::Running running(*calls);
+  const auto snapshot = weight->snapshot();
+  carrier.synchronise();
+  const c10::impl::ExcludeDispatchKeyGuard below(kAdaptedWeightKey);
+
+  const bool adapted = !snapshot->active.empty() && !calls->disabled();
+  const auto values = adapted && !table ? snapshot->values() : table ? weight->base() : snapshot->base;
+  ProductCall call{plain, x, view.of(weight->matrix(values)), addend, alpha, beta, calls->plan(), ProductKernel::kAten,
+                   {}};
+  if (adapted && !table) {
+    for (const auto& adapter : snapshot->active) {
+      if (adapter->parts.empty()) continue;
+      std::shared_ptr<const Dropout> dropout;
+      if (drops_input(*adapter, *weight)) dropout = std::make_shared<const Dropout>(adapter->dropout, x);
+      add_terms(*adapter, view, alpha, dropout, call.terms);
+    }
+  }
+  auto y = product_of(std::move(call));
+  if (adapted) {
+    for (const auto& adapter : snapshot->active) {
+      if (adapter->rows.defined()) add_row_change(adapter->rows, values, *weight, x, view, alpha, y);
+    }
+  }
+  return y;
 }
 
 /// A copy to add to in place, by views of it as a matrix.

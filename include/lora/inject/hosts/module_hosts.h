@@ -251,7 +251,7 @@ class ModuleWalk {
 
  private:
   void visit(const std::shared_ptr<torch::nn::Module>& module, const std::string& path, const std::string& file_path) {
-    if (dynamic_cast<AdapterNode*>(module.get()) != nullptr) return;
+    if (dynamic_cast<HostNode*>(module.get()) != nullptr) return;
     const auto seen = first_path_.find(module.get());
     if (seen != first_path_.end()) {
       for (auto& site : found_.sites) {

@@ -1,0 +1,230 @@
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/GradMode.h>
+#include <c10/util/FunctionRef.h>
+#include <lora/version.h>
+#include <lora/weight/dropout.h>
+#include <lora/weight/frozen_product.h>
+#include <lora/weight/product_plan.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+LORA_NAMESPACE_BEGIN
+namespace detail {
+
+/// One low-rank term of a product with an adapted matrix V [in, out]: y[:, out range] += s · (x[:, in range] · D) · U
+/// with D [in range, r] and U [r, out range].
+struct LowRankTerm {
+  at::Tensor A;             // [r, *]
+  at::Tensor B;             // [*, r]
+  bool transposed = false;  // D = B and U = A in place of D = Aᵀ and U = Bᵀ
+  int64_t in_begin = 0;
+  int64_t out_begin = 0;
+  double scaling = 1;
+  std::shared_ptr<const Dropout> dropout;  // of all of x; null: none
+
+  /// Casts the factors to a dtype: they are small, x is not.
+  LowRankTerm to(at::ScalarType dtype) const {
+    auto cast = *this;
+    cast.A = A.to(dtype);
+    cast.B = B.to(dtype);
+    return cast;
+  }
+  at::Tensor down() const { return transposed ? B : A.t(); }
+  at::Tensor up() const { return transposed ? A : B.t(); }
+  at::Tensor in_range(const at::Tensor& x) const { return range(x, in_begin, transposed ? B.size(0) : A.size(1)); }
+  at::Tensor out_range(const at::Tensor& y) const { return range(y, out_begin, transposed ? A.size(1) : B.size(0)); }
+
+ private:
+  static at::Tensor range(const at::Tensor& matrix, int64_t begin, int64_t size) {
+    return size == matrix.size(1) ? matrix : matrix.narrow(1, begin, size);
+  }
+};
+
+/// y = beta·addend + alpha·x·V + Σ terms, V frozen.
+struct ProductCall {
+  /// beta·addend + alpha·x·V by the operator that runs on a plain weight.
+  using Plain = c10::function_ref<at::Tensor(const at::Tensor& x, const at::Tensor& matrix,
+                                             const std::optional<at::Tensor>& addend)>;
+
+  Plain plain;
+  at::Tensor x;       // [*, in]
+  at::Tensor matrix;  // V [in, out]
+  std::optional<at::Tensor> addend;
+  double alpha = 1;
+  double beta = 1;
+  std::shared_ptr<ProductPlan> plan;  // null: every product is ATen's
+  ProductKernel kernel = ProductKernel::kAten;
+  std::vector<LowRankTerm> terms;  // alpha is in their scaling
+};
+
+/// The product as one step for autograd (Hu et al. 2021, arXiv 2106.09685, equation 3).
+///
+/// Scaling happens in the [tokens, r] tensors, and what is [tokens, out] or [tokens, in] is accumulated in place. x is
+/// saved once for all terms, and only where a term needs it; dropped elements are found again by their seed. No
+/// gradient is computed that nobody asks for.
+class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
+  using Variables = torch::autograd::variable_list;
+
+ public:
+  /// What the backward needs beside the saved tensors: x, A and B of each term, V.
+  struct Saved : torch::CustomClassHolder {
+    std::vector<LowRankTerm> terms;    // without A and B
+    std::vector<at::Tensor> narrowed;  // h = s·x·D of each term, [tokens, r]
+    std::vector<int64_t> x_sizes;
+    std::optional<std::vector<int64_t>> addend_sizes;
+    double alpha = 1;
+    double beta = 1;
+    std::shared_ptr<ProductPlan> plan;
+    ProductKernel kernel = ProductKernel::kAten;
+  };
+
+  static at::Tensor run(const ProductCall& call) {
+    Variables inputs{call.x};
+    for (const auto& term : call.terms) {
+      inputs.push_back(term.A);
+      inputs.push_back(term.B);
+    }
+    if (call.addend) inputs.push_back(*call.addend);
+    const auto saved = c10::make_intrusive<Saved>();
+    const bool records =
+        c10::GradMode::is_enabled() &&
+        std::any_of(inputs.begin(), inputs.end(), [](const at::Tensor& input) { return input.requires_grad(); });
+    return records ? apply(saved, &call, at::TensorList(inputs)) : compute(call, *saved);
+  }
+
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const c10::intrusive_ptr<Saved>& saved,
+                            const ProductCall* call, at::TensorList inputs) {
+    const auto y = [&] {
+      const at::AutoDispatchBelowADInplaceOrView no_autograd;  // else y may be a view that nobody may write to
+      return compute(*call, *saved);
+    }();
+    saved->x_sizes = call->x.sizes().vec();
+    saved->alpha = call->alpha;
+    saved->beta = call->beta;
+    saved->plan = call->plan;
+    saved->kernel = call->kernel;
+    Variables variables(inputs.begin(), inputs.end());
+    if (call->addend) {
+      saved->addend_sizes = call->addend->sizes().vec();
+      variables.pop_back();  // its values are in no gradient
+    }
+    bool needs_x = false;
+    for (const auto& term : call->terms) {
+      needs_x = needs_x || term.A.requires_grad() || term.B.requires_grad();
+      saved->terms.push_back(term);
+      saved->terms.back().A = saved->terms.back().B = at::Tensor();
+    }
+    if (!needs_x) variables.front() = at::Tensor();
+    variables.push_back(call->x.requires_grad() ? call->matrix : at::Tensor());
+    ctx->save_for_backward(std::move(variables));
+    ctx->saved_data["saved"] = c10::IValue::make_capsule(saved);
+    return y;
+  }
+
+  static Variables backward(torch::autograd::AutogradContext* ctx, const Variables& gradients) {
+    const auto capsule = ctx->saved_data["saved"].toCapsule();
+    const auto& saved = static_cast<const Saved&>(*capsule);
+    const auto variables = ctx->get_saved_variables();
+    const bool again = c10::GradMode::is_enabled();  // this backward is to be differentiated itself
+    const auto kernel = again ? ProductKernel::kAten : saved.kernel;
+    const auto dy = rows_of(gradients.front()).contiguous();  // it is read several times
+    const auto x = variables.front().defined() ? rows_of(variables.front()) : at::Tensor();
+
+    Variables results(1 + 2 * saved.terms.size());
+    at::Tensor dx;
+    if (ctx->needs_input_grad(0)) dx = base_gradient(saved, dy, variables.back(), again);
+    for (size_t k = 0; k < saved.terms.size(); ++k) {
+      auto stored = saved.terms[k];
+      stored.A = variables[1 + 2 * k];
+      stored.B = variables[2 + 2 * k];
+      const auto term = stored.to(dy.scalar_type());
+      const auto dy_range = term.out_range(dy);
+      // A transposed copy of what is [tokens, r] is cheap, and a product that reads it as [r, tokens] several times as
+      // fast as one with r columns.
+      auto& d_down = results[(term.transposed ? 2 : 1) + 2 * k];
+      auto& d_up = results[(term.transposed ? 1 : 2) + 2 * k];
+      if (ctx->needs_input_grad(static_cast<size_t>(&d_up - results.data()))) {
+        const auto h = again ? narrowed(term, x, kernel) : saved.narrowed[k];
+        d_up = multiply(kernel, h.t().contiguous(), dy_range);
+        if (!term.transposed) d_up = d_up.t();
+        d_up = d_up.to(stored.A.scalar_type());
+      }
+      const bool wants_down = ctx->needs_input_grad(static_cast<size_t>(&d_down - results.data()));
+      if (!wants_down && !dx.defined()) continue;
+      const auto dh = multiply(kernel, dy_range, term.up().t()) * term.scaling;
+      if (wants_down) {
+        d_down = multiply(kernel, dh.t().contiguous(), term.in_range(dropped(term, x)));
+        if (term.transposed) d_down = d_down.t();
+        d_down = d_down.to(stored.A.scalar_type());
+      }
+      if (!dx.defined()) continue;
+      if (term.dropout == nullptr) {
+        term.in_range(dx).addmm_(dh, term.down().t());
+      } else {
+        auto through = at::zeros_like(dx);
+        term.in_range(through).addmm_(dh, term.down().t());
+        dx.add_(dropped(term, through));
+      }
+    }
+    if (dx.defined()) results.front() = dx.view(saved.x_sizes);
+    if (saved.addend_sizes) {
+      const bool wanted = ctx->needs_input_grad(results.size());
+      results.push_back(wanted ? gradients.front().sum_to_size(*saved.addend_sizes) * saved.beta : at::Tensor());
+    }
+    results.insert(results.begin(), 2, at::Tensor());  // of `saved` and `call`
+    return results;
+  }
+
+ private:
+  static at::Tensor rows_of(const at::Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
+
+  static at::Tensor dropped(const LowRankTerm& term, const at::Tensor& x) {
+    return term.dropout == nullptr ? x : term.dropout->apply(x);
+  }
+
+  /// h = s·x·D.
+  static at::Tensor narrowed(const LowRankTerm& term, const at::Tensor& x, ProductKernel kernel) {
+    return multiply(kernel, term.in_range(dropped(term, x)), term.down()) * term.scaling;
+  }
+
+  static at::Tensor compute(const ProductCall& call, Saved& saved) {
+    const bool onednn = call.kernel == ProductKernel::kOneDnn;
+    auto y = onednn ? onednn_product(call.x, call.matrix, call.addend) : call.plain(call.x, call.matrix, call.addend);
+    if (call.terms.empty()) return y;
+    const auto x = rows_of(call.x);
+    const auto rows = rows_of(y);
+    for (const auto& stored : call.terms) {
+      const auto term = stored.to(x.scalar_type());
+      const auto h = narrowed(term, x, call.kernel);
+      term.out_range(rows).addmm_(h, term.up());
+      saved.narrowed.push_back(h);
+    }
+    return y;
+  }
+
+  /// alpha·dy·Vᵀ, zeros where the terms are all that depends on x.
+  static at::Tensor base_gradient(const Saved& saved, const at::Tensor& dy, const at::Tensor& matrix, bool again) {
+    if (!matrix.defined()) return at::zeros({dy.size(0), saved.x_sizes.back()}, dy.options());
+    const auto transposed = matrix.t();
+    const bool choose = saved.plan != nullptr && !again;
+    const auto kernel = choose ? saved.plan->choose(dy.size(0), transposed) : ProductKernel::kAten;
+    auto dx = multiply(kernel, dy, transposed);
+    return saved.alpha == 1 ? dx : dx * saved.alpha;
+  }
+};
+
+}  // namespace detail
+LORA_NAMESPACE_END
