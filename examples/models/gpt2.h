@@ -10,7 +10,9 @@
 #include <torch/types.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -63,6 +65,19 @@ struct GPT2AttentionImpl : torch::nn::Module {
     return c_proj(mixed.transpose(1, 2).reshape({batch, length, width}));
   }
 
+  /// x: [tokens, n_embd] to the same shape, sequences of the given lengths one after the other, each by itself.
+  torch::Tensor forward_packed(const torch::Tensor& x, torch::IntArrayRef lengths) {
+    const auto tokens = x.size(0), width = x.size(1);
+    const auto parts = c_attn(x).view({tokens, 3, heads_, width / heads_}).permute({1, 2, 0, 3});
+    std::vector<torch::Tensor> mixed;
+    for (const auto& sequence : parts.split_with_sizes(lengths, /*dim=*/2)) {
+      const auto attended = at::scaled_dot_product_attention(sequence[0].unsqueeze(0), sequence[1].unsqueeze(0),
+                                                             sequence[2].unsqueeze(0), {}, 0.0, /*is_causal=*/true);
+      mixed.push_back(attended.squeeze(0).transpose(0, 1));
+    }
+    return c_proj(torch::cat(mixed).reshape({tokens, width}));
+  }
+
   torch::nn::Linear c_attn, c_proj;
 
  private:
@@ -90,6 +105,11 @@ struct GPT2BlockImpl : torch::nn::Module {
 
   torch::Tensor forward(const torch::Tensor& x, std::pair<torch::Tensor, torch::Tensor>* past) {
     const auto attended = x + attn(ln_1(x), past);
+    return attended + mlp(ln_2(attended));
+  }
+
+  torch::Tensor forward_packed(const torch::Tensor& x, torch::IntArrayRef lengths) {
+    const auto attended = x + attn->forward_packed(ln_1(x), lengths);
     return attended + mlp(ln_2(attended));
   }
 
@@ -121,16 +141,47 @@ struct GPT2ModelImpl : torch::nn::Module {
     TORCH_CHECK_VALUE(end <= wpe->options.num_embeddings(), "[GPT2] found ", end, " tokens, expected at most ",
                       wpe->options.num_embeddings(), " (n_positions); shorten the input");
     if (cache != nullptr) cache->layers.resize(h->size());
-    auto x = wte(input_ids) + wpe(torch::arange(past, end, input_ids.options()));
-    for (std::size_t layer = 0; layer < h->size(); ++layer) {
-      x = h->ptr<GPT2BlockImpl>(layer)->forward(x, cache != nullptr ? &cache->layers[layer] : nullptr);
-    }
-    return ln_f(x);
+    const auto x = wte(input_ids) + wpe(torch::arange(past, end, input_ids.options()));
+    return run_blocks(x, [this, cache](std::size_t layer, const torch::Tensor& hidden) {
+      return block(layer).forward(hidden, cache != nullptr ? &cache->layers[layer] : nullptr);
+    });
   }
+
+  /// input_ids: [tokens], sequences of the given lengths one after the other, to hidden states [tokens, n_embd]: what a
+  /// padded batch gives, without the padding.
+  torch::Tensor forward_packed(const torch::Tensor& input_ids, torch::IntArrayRef lengths) {
+    std::vector<torch::Tensor> positions;
+    for (const auto length : lengths) {
+      TORCH_CHECK_VALUE(length <= wpe->options.num_embeddings(), "[GPT2] found ", length, " tokens, expected at most ",
+                        wpe->options.num_embeddings(), " (n_positions); shorten the input");
+      positions.push_back(torch::arange(length, input_ids.options()));
+    }
+    const auto x = wte(input_ids) + wpe(torch::cat(positions));
+    return run_blocks(x, [this, own = lengths.vec()](std::size_t layer, const torch::Tensor& hidden) {
+      return block(layer).forward_packed(hidden, own);
+    });
+  }
+
+  /// A layer of the stack as a function of the hidden states.
+  using Layer = std::function<torch::Tensor(const torch::Tensor&)>;
+  /// Runs a layer; set it to run them in another way, as with activation recomputation.
+  std::function<torch::Tensor(const Layer&, const torch::Tensor&)> run_layer;
 
   torch::nn::Embedding wte, wpe;
   torch::nn::ModuleList h;
   torch::nn::LayerNorm ln_f;
+
+ private:
+  GPT2BlockImpl& block(std::size_t layer) { return *h->ptr<GPT2BlockImpl>(layer); }
+
+  template <class Forward>
+  torch::Tensor run_blocks(torch::Tensor x, const Forward& forward) {
+    for (std::size_t layer = 0; layer < h->size(); ++layer) {
+      const auto run = [forward, layer](const torch::Tensor& hidden) { return forward(layer, hidden); };
+      x = run_layer ? run_layer(run, x) : run(x);
+    }
+    return ln_f(x);
+  }
 };
 TORCH_MODULE(GPT2Model);
 

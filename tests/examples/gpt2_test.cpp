@@ -115,6 +115,33 @@ TEST(GPT2, IgnoresWhatStandsOnTheRight) {
   EXPECT_TRUE(at::allclose(model->forward(ids).narrow(1, 0, 6), logits, 1e-5, 1e-6));
 }
 
+TEST(GPT2, ReadsPackedSequencesAsEachByItself) {
+  GPT2LMHeadModel model(small_config());
+  const std::vector<int64_t> lengths{5, 1, 7};
+  const auto ids = at::randint(50, {13}, at::kLong);
+  const auto packed = model->transformer->forward_packed(ids, lengths);
+  int64_t begin = 0;
+  for (const auto length : lengths) {
+    const auto alone = model->transformer->forward(ids.narrow(0, begin, length).unsqueeze(0)).squeeze(0);
+    EXPECT_TRUE(at::allclose(packed.narrow(0, begin, length), alone, 1e-5, 1e-6));
+    begin += length;
+  }
+  EXPECT_THROW(model->transformer->forward_packed(at::zeros({33}, at::kLong), {33}), c10::ValueError);
+}
+
+TEST(GPT2, RunsItsLayersAsItIsTold) {
+  GPT2LMHeadModel model(small_config());
+  const auto ids = at::randint(50, {1, 6}, at::kLong);
+  const auto expected = model->forward(ids);
+  int layers = 0;
+  model->transformer->run_layer = [&](const auto& layer, const torch::Tensor& x) {
+    ++layers;
+    return layer(x);
+  };
+  EXPECT_TRUE(at::equal(model->forward(ids), expected));
+  EXPECT_EQ(layers, model->config.n_layer);
+}
+
 TEST(GPT2, RefusesMoreTokensThanPositions) {
   GPT2LMHeadModel model(small_config());
   EXPECT_THROW(model->forward(at::zeros({1, 33}, at::kLong)), c10::ValueError);
