@@ -71,9 +71,10 @@ inline bool onednn_has(at::ScalarType dtype) {
          (dtype == at::kHalf && has_half);
 }
 
-/// Whether oneDNN takes the product with a matrix [in, out]: one whose memory is dense in either direction.
+/// Whether oneDNN takes the product with a matrix [in, out]: one with elements, whose memory is dense in either
+/// direction.
 inline bool onednn_takes(const at::Tensor& matrix) {
-  if (!matrix.device().is_cpu() || !has_onednn_product()) return false;
+  if (!matrix.device().is_cpu() || matrix.numel() == 0 || !has_onednn_product()) return false;
   return (matrix.is_contiguous() || matrix.t().is_contiguous()) && onednn_has(matrix.scalar_type());
 }
 
