@@ -1,9 +1,9 @@
 #pragma once
 
-#include <ATen/ops/isfinite.h>
 #include <c10/util/Exception.h>
 #include <lora/config/targets.h>
 #include <lora/detail/error.h>
+#include <lora/detail/finite.h>
 #include <lora/detail/json.h>
 #include <lora/detail/mmap.h>
 #include <lora/detail/python_regex.h>
@@ -96,7 +96,7 @@ inline void add_tensors(AdapterFiles& files, const std::map<std::string, at::Ten
     if (!is_adapter_type(tensor.scalar_type())) {
       problems.push_back("found the type " + std::string(c10::toString(tensor.scalar_type())) +
                          ", expected F64, F32, F16 or BF16 in " + key);
-    } else if (tensor.is_floating_point() && !at::isfinite(tensor).all().item<bool>()) {
+    } else if (!all_finite(tensor)) {
       problems.push_back("found NaN or infinite values, expected finite ones in " + key);
     }
     if (!files.tensors.emplace(name, FileTensor{tensor, key}).second) {

@@ -3,9 +3,9 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/count_nonzero.h>
 #include <ATen/ops/equal.h>
-#include <ATen/ops/isfinite.h>
 #include <c10/core/GradMode.h>
 #include <lora/detail/error.h>
+#include <lora/detail/finite.h>
 #include <lora/inject/model_adapters.h>
 #include <lora/inject/prepare.h>
 #include <lora/io/adapter_files.h>
@@ -351,7 +351,7 @@ class PeftReader {
   /// Copies a tensor of the file, where it has one, and finds what the adapter's type cannot hold.
   void copy(const at::Tensor& to, const at::Tensor& from, const std::string& key) {
     to.copy_(from);
-    if (!to.is_floating_point() || at::isfinite(to).all().item<bool>()) return;
+    if (all_finite(to)) return;
     problems_.push_back("found values beyond the range of " + std::string(c10::toString(to.scalar_type())) +
                         ", expected ones that the adapter's type holds in " + std::string(kPeftPrefix) + key);
   }

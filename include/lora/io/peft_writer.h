@@ -1,9 +1,9 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
 #include <lora/detail/error.h>
+#include <lora/detail/finite.h>
 #include <lora/inject/model_adapters.h>
 #include <lora/io/lora_config_json.h>
 #include <lora/io/peft_files.h>
@@ -153,7 +153,7 @@ class PeftWriter {
       const auto* adapter = site.find(name_);
       if (adapter == nullptr) continue;
       for (const auto& [child, named] : adapter->tensors()) {
-        if (!named.tensor.is_floating_point() || at::isfinite(named.tensor).all().item<bool>()) continue;
+        if (all_finite(named.tensor)) continue;
         problems += (problems.empty() ? "" : "\n") + ("[lora::save] found NaN or infinite values in " + named.name) +
                     ", expected finite ones at " + join_path(site.module_path, child) + "; nothing was written";
       }

@@ -1,10 +1,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/isfinite.h>
 #include <c10/util/Exception.h>
 #include <c10/util/StringUtil.h>
 #include <lora/detail/error.h>
+#include <lora/detail/finite.h>
 #include <lora/detail/json.h>
 #include <lora/detail/random_state.h>
 #include <lora/io/checksum.h>
@@ -64,7 +64,7 @@ inline TrainingFile read_training_file(const std::string& path) {
 /// values in a trained tensor: a run that diverged must not replace a good file.
 inline void put_tensors(TrainingFile& file, const NamedTensors& tensors, const std::vector<at::Device>& devices) {
   for (const auto& [name, tensor] : tensors) {
-    TORCH_CHECK_VALUE(!tensor.requires_grad() || at::isfinite(tensor).all().item<bool>(),
+    TORCH_CHECK_VALUE(!tensor.requires_grad() || all_finite(tensor),
                       "[lora::TrainingState::save] found NaN or infinite values in ", name,
                       ", expected finite ones; nothing was written");
     file.tensors[kTensorPrefix + name] = tensor;
