@@ -4,6 +4,7 @@
 #include <lora/config/lora_config.h>  // defines: LoraConfig, LoraInit
 #include <lora/config/targets.h>      // defines: TargetModules, FusedPart
 #include <lora/detail/error.h>        // defines: StateError, FormatError
+#include <lora/functional/gelu.h>     // defines: gelu
 #include <lora/inject/accelerate.h>   // defines: accelerate, end_acceleration, acceleration_of
 #include <lora/inject/clone.h>        // defines: clone
 #include <lora/inject/hosts/module_hosts.h>  // defines: register_host

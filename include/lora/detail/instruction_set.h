@@ -2,6 +2,8 @@
 
 #include <lora/version.h>
 
+#include <cstdint>
+
 #ifdef __x86_64__
 #define LORA_X86_TARGETS 1
 #define LORA_TARGET_AVX2 __attribute__((target("avx2,fma")))
@@ -59,6 +61,17 @@ auto run_kernel(InstructionSet set, const Args&... args) {
 #endif
   static_cast<void>(set);
   return run_plain<Kernel>(args...);
+}
+
+/// The same for a kernel that is a template over the number of floats in a register of the instruction set.
+template <template <int64_t> class Kernel, class... Args>
+auto run_register_kernel(InstructionSet set, const Args&... args) {
+#ifdef LORA_X86_TARGETS
+  if (set == InstructionSet::kAvx512) return run_avx512<Kernel<16>>(args...);
+  if (set == InstructionSet::kAvx2) return run_avx2<Kernel<8>>(args...);
+#endif
+  static_cast<void>(set);
+  return run_plain<Kernel<4>>(args...);
 }
 
 }  // namespace detail

@@ -37,7 +37,9 @@ struct ProductShape {
   at::ScalarType dtype = at::kFloat;  ///< Of both.
   int threads = 1;                    ///< at::get_num_threads().
 
+  /// An order for maps: by matrix, dtype and threads, then by rows.
   bool operator<(const ProductShape& other) const { return key() < other.key(); }
+  /// Whether all members are equal.
   bool operator==(const ProductShape& other) const { return key() == other.key(); }
 
  private:

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/ScalarType.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <lora/version.h>
+
+LORA_NAMESPACE_BEGIN
+namespace detail {
+
+/// Whether a CPU kernel of ours may take a tensor's memory for all that it is: strided, of float32, bfloat16 or half,
+/// not wrapped, batched, conjugated or traced, and without a forward-mode gradient.
+inline bool is_plain_cpu_tensor(const at::Tensor& tensor) {
+  using Key = c10::DispatchKey;
+  constexpr c10::DispatchKeySet plain{Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU};
+  if (!tensor.defined() || !plain.isSupersetOf(tensor.key_set())) return false;
+  const auto dtype = tensor.scalar_type();
+  return (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) && tensor.device().is_cpu() &&
+         tensor.layout() == at::kStrided && !tensor._fw_grad(/*level=*/0).defined() &&
+         !c10::impl::tls_is_dispatch_key_included(Key::Tracer);
+}
+
+}  // namespace detail
+LORA_NAMESPACE_END
