@@ -5,23 +5,25 @@
 #include <lora/config/targets.h>      // defines: TargetModules, FusedPart
 #include <lora/detail/error.h>        // defines: StateError, FormatError
 #include <lora/functional/gelu.h>     // defines: gelu
-#include <lora/inject/accelerate.h>   // defines: accelerate, end_acceleration, acceleration_of
-#include <lora/inject/clone.h>        // defines: clone
-#include <lora/inject/hosts/module_hosts.h>  // defines: register_host
-#include <lora/inject/inject_options.h>      // defines: InjectOptions
-#include <lora/inject/report.h>              // defines: InjectionReport
-#include <lora/inject/verify.h>              // defines: VerifyReport
-#include <lora/io/checkpoint.h>              // defines: load_checkpoint, save_checkpoint, SaveCheckpointOptions
-#include <lora/io/checksum.h>                // defines: add_checksums, check_checksums
-#include <lora/io/convert_adapter.h>         // defines: convert_adapter, AdapterFormat, ConvertAdapterOptions
-#include <lora/io/describe_adapter.h>        // defines: describe_adapter, AdapterDescription
-#include <lora/io/safetensors.h>             // defines: load_safetensors, save_safetensors, SafetensorsFile
-#include <lora/io/torch_pickle.h>            // defines: load_torch_pickle, save_torch_pickle
-#include <lora/lora_linear.h>                // defines: LoRALinear
-#include <lora/merge/merge.h>                // defines: MergeReport
-#include <lora/merge_checkpoint.h>           // defines: check_checkpoint, merge_checkpoint, MergeCheckpointOptions
-#include <lora/train/param_groups.h>         // defines: LoraPlusOptions
-#include <lora/train/schedule.h>             // defines: Schedule, ScheduleOptions, ScheduleType, schedule_factor
-#include <lora/training_state.h>             // defines: TrainingState
-#include <lora/version.h>                    // defines: LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH
-#include <lora/weight/product_plan.h>        // defines: ProductPlan, ProductShape, ProductKernel
+#include <lora/functional/linear_cross_entropy.h>  // defines: linear_cross_entropy, LinearCrossEntropyOptions
+#include <lora/functional/recompute.h>             // defines: recompute
+#include <lora/inject/accelerate.h>                // defines: accelerate, end_acceleration, acceleration_of
+#include <lora/inject/clone.h>                     // defines: clone
+#include <lora/inject/hosts/module_hosts.h>        // defines: register_host
+#include <lora/inject/inject_options.h>            // defines: InjectOptions
+#include <lora/inject/report.h>                    // defines: InjectionReport
+#include <lora/inject/verify.h>                    // defines: VerifyReport
+#include <lora/io/checkpoint.h>                    // defines: load_checkpoint, save_checkpoint, SaveCheckpointOptions
+#include <lora/io/checksum.h>                      // defines: add_checksums, check_checksums
+#include <lora/io/convert_adapter.h>               // defines: convert_adapter, AdapterFormat, ConvertAdapterOptions
+#include <lora/io/describe_adapter.h>              // defines: describe_adapter, AdapterDescription
+#include <lora/io/safetensors.h>                   // defines: load_safetensors, save_safetensors, SafetensorsFile
+#include <lora/io/torch_pickle.h>                  // defines: load_torch_pickle, save_torch_pickle
+#include <lora/lora_linear.h>                      // defines: LoRALinear
+#include <lora/merge/merge.h>                      // defines: MergeReport
+#include <lora/merge_checkpoint.h>     // defines: check_checkpoint, merge_checkpoint, MergeCheckpointOptions
+#include <lora/train/param_groups.h>   // defines: LoraPlusOptions
+#include <lora/train/schedule.h>       // defines: Schedule, ScheduleOptions, ScheduleType, schedule_factor
+#include <lora/training_state.h>       // defines: TrainingState
+#include <lora/version.h>              // defines: LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH
+#include <lora/weight/product_plan.h>  // defines: ProductPlan, ProductShape, ProductKernel

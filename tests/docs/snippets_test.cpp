@@ -223,6 +223,21 @@ TEST_F(Snippet, OfTheGuideAccelerate) {
   EXPECT_EQ(lora::acceleration_of(*model), pinned);
 }
 
+TEST_F(Snippet, OfTheGuideHeadLossAndMemory) {
+  auto model = gpt2();
+  const auto adapters = lora::inject(*model, lora::LoraConfig().r(8).target_modules({"c_attn"}));
+  const auto ids = torch::tensor({1, 2, 3}).unsqueeze(0), labels = torch::tensor({2, 3, -100}).unsqueeze(0);
+  model->transformer->run_layer = [](const GPT2ModelImpl::Layer& layer, const torch::Tensor& x) {
+    return lora::recompute(layer, x);
+  };
+  const auto hidden = model->transformer->forward(ids);  // [batch, tokens, d]
+  const auto loss = lora::linear_cross_entropy(hidden, model->lm_head->weight, labels);
+  loss.backward();
+  for (const auto& parameter : adapters.parameters()) EXPECT_TRUE(parameter.grad().defined());
+  const auto logits = model->forward(ids).flatten(0, 1);
+  EXPECT_NEAR(loss.item<double>(), at::cross_entropy_loss(logits, labels.flatten()).item<double>(), 1e-5);
+}
+
 TEST_F(Snippet, OfTheGuideWriteAModelWithAdapters) {
   struct Block : torch::nn::Module {
     lora::LoRALinear<> fc =

@@ -87,6 +87,14 @@ LORA_ALWAYS_INLINE void load(const c10::Half* from, V& to) {
   copy_bits(bits, to);
 }
 
+/// The first `count` elements, fewer than a vector has; `rest` in the lanes behind them.
+template <class T, class V>
+LORA_ALWAYS_INLINE void load_first(const T* from, int64_t count, T rest, V& to) {
+  T padded[kLanesOf<V>];
+  for (int64_t lane = 0; lane < kLanesOf<V>; ++lane) padded[lane] = lane < count ? from[lane] : rest;
+  load(padded, to);
+}
+
 // Rounding to nearest, ties to even: the bits of the nearest number of 16 bits in each lane.
 
 template <class V>
@@ -147,8 +155,16 @@ LORA_ALWAYS_INLINE void store(const V& from, c10::Half* to) {
   store_half_words(bits, to);
 }
 
-// The same with `non_finite`, which counts by lane what comes out NaN or infinite, told by the bits, since -ffast-math
-// lets the compiler assume that there is no such number.
+/// The first `count` lanes, fewer than a vector has.
+template <class T, class V>
+LORA_ALWAYS_INLINE void store_first(const V& from, int64_t count, T* to) {
+  T padded[kLanesOf<V>];
+  store(from, padded);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = padded[lane];
+}
+
+// Whole vectors with `non_finite`, which counts by lane what comes out NaN or infinite, told by the bits, since
+// -ffast-math lets the compiler assume that there is no such number.
 
 LORA_ALWAYS_INLINE void store(const Lanes<double>& from, double* to, Lanes<uint64_t>& non_finite) {
   std::memcpy(to, &from, sizeof from);
