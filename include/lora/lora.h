@@ -21,9 +21,10 @@
 #include <lora/io/torch_pickle.h>                  // defines: load_torch_pickle, save_torch_pickle
 #include <lora/lora_linear.h>                      // defines: LoRALinear
 #include <lora/merge/merge.h>                      // defines: MergeReport
-#include <lora/merge_checkpoint.h>     // defines: check_checkpoint, merge_checkpoint, MergeCheckpointOptions
-#include <lora/train/param_groups.h>   // defines: LoraPlusOptions
-#include <lora/train/schedule.h>       // defines: Schedule, ScheduleOptions, ScheduleType, schedule_factor
-#include <lora/training_state.h>       // defines: TrainingState
-#include <lora/version.h>              // defines: LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH
-#include <lora/weight/product_plan.h>  // defines: ProductPlan, ProductShape, ProductKernel
+#include <lora/merge_checkpoint.h>         // defines: check_checkpoint, merge_checkpoint, MergeCheckpointOptions
+#include <lora/train/keep_freed_memory.h>  // defines: keep_freed_memory
+#include <lora/train/param_groups.h>       // defines: LoraPlusOptions
+#include <lora/train/schedule.h>           // defines: Schedule, ScheduleOptions, ScheduleType, schedule_factor
+#include <lora/training_state.h>           // defines: TrainingState
+#include <lora/version.h>                  // defines: LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH
+#include <lora/weight/product_plan.h>      // defines: ProductPlan, ProductShape, ProductKernel

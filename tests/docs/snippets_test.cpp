@@ -234,6 +234,10 @@ TEST_F(Snippet, OfTheGuideHeadLossAndMemory) {
   const auto loss = lora::linear_cross_entropy(hidden, model->lm_head->weight, labels);
   loss.backward();
   for (const auto& parameter : adapters.parameters()) EXPECT_TRUE(parameter.grad().defined());
+  auto* const before = c10::GetCPUAllocator();
+  lora::keep_freed_memory();
+  EXPECT_NE(c10::GetCPUAllocator(), before);
+  c10::SetCPUAllocator(before);
   const auto logits = model->forward(ids).flatten(0, 1);
   EXPECT_NEAR(loss.item<double>(), at::cross_entropy_loss(logits, labels.flatten()).item<double>(), 1e-5);
 }

@@ -1,0 +1,142 @@
+#pragma once
+
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/Device.h>
+#include <c10/util/Exception.h>
+#include <lora/version.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <list>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+LORA_NAMESPACE_BEGIN
+namespace detail {
+
+/// Fresh memory of whole pages, in huge ones where the system has them; null: there is none.
+inline void* map_pages(size_t bytes) {
+  constexpr size_t kHuge = 2 << 20;
+  const auto spare = bytes < kHuge ? 0 : kHuge;
+  void* const mapped = ::mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  if (spare == 0) return mapped;
+  auto* const first = static_cast<char*>(mapped);
+  const auto before = (kHuge - reinterpret_cast<uintptr_t>(first) % kHuge) % kHuge;
+  if (before != 0) ::munmap(first, before);
+  if (before != spare) ::munmap(first + before + bytes, spare - before);
+#ifdef MADV_HUGEPAGE
+  ::madvise(first + before, bytes, MADV_HUGEPAGE);
+#endif
+  return first + before;
+}
+
+/// An allocator of the CPU whose freed blocks wait for the next tensors of their size. Small ones are left to
+/// LibTorch's default.
+///
+/// glibc cuts blocks to size and cannot put them together again around what lives longer: a training step ends with
+/// tens of megabytes that no tensor fits into. Here a block is given out whole, and at most an eighth larger than asked
+/// for. The process never has more than a thirty-second beyond what its tensors took at their most: what would exceed
+/// it is given back to the system, first what has waited longest.
+class TensorMemory final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes < kSmallest) return small_->allocate(bytes);
+    void* const data = take(bytes);
+    if (data == nullptr) return small_->allocate(bytes);  // throws its error
+    c10::profiledCPUMemoryReporter().New(data, bytes);
+    return {data, data, &free, c10::Device(c10::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &free; }
+  void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
+
+  /// The one of this process. It is never destroyed: tensors may outlive everything.
+  static TensorMemory& instance() {
+    static auto* const memory = new TensorMemory;
+    return *memory;
+  }
+
+ private:
+  static constexpr size_t kSmallest = 64 << 10;
+  static constexpr size_t kPage = 4096;
+
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
+  static void free(void* data) { instance().give(data); }
+
+  static bool fits(size_t block, size_t bytes) { return block <= bytes + bytes / 8; }
+
+  void* take(size_t asked) {
+    const auto bytes = (asked + kPage - 1) / kPage * kPage;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    void* data = nullptr;
+    auto size = bytes;
+    const auto found = waiting_by_size_.lower_bound(bytes);
+    if (found != waiting_by_size_.end() && fits(found->first, bytes)) {
+      size = found->first;
+      data = found->second->data;
+      waiting_.erase(found->second);
+      waiting_by_size_.erase(found);
+      waiting_bytes_ -= size;
+    }
+    most_ = std::max(most_, given_bytes_ + size);
+    if (data == nullptr) {
+      give_back(size);
+      data = map_pages(size);
+    }
+    if (data == nullptr) return nullptr;
+    given_.emplace(data, size);
+    given_bytes_ += size;
+    return data;
+  }
+
+  void give(void* data) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = given_.find(data);
+      if (found != given_.end()) {
+        c10::profiledCPUMemoryReporter().Delete(data);
+        waiting_.push_back({data, found->second});
+        waiting_by_size_.emplace(found->second, std::prev(waiting_.end()));
+        waiting_bytes_ += found->second;
+        given_bytes_ -= found->second;
+        given_.erase(found);
+        return;
+      }
+    }
+    small_->raw_deallocate(data);
+  }
+
+  /// Makes room for a block to come.
+  void give_back(size_t bytes) {
+    while (!waiting_.empty() && given_bytes_ + waiting_bytes_ + bytes > most_ + most_ / 32) {
+      const auto block = waiting_.front();
+      auto entry = waiting_by_size_.lower_bound(block.bytes);
+      while (entry->second != waiting_.begin()) ++entry;
+      waiting_by_size_.erase(entry);
+      waiting_.pop_front();
+      waiting_bytes_ -= block.bytes;
+      ::munmap(block.data, block.bytes);
+    }
+  }
+
+  c10::Allocator* const small_ = c10::GetDefaultCPUAllocator();
+  std::mutex mutex_;
+  std::unordered_map<void*, size_t> given_;
+  std::list<Block> waiting_;  // the one that has waited longest first
+  std::multimap<size_t, std::list<Block>::iterator> waiting_by_size_;
+  size_t given_bytes_ = 0;
+  size_t waiting_bytes_ = 0;
+  size_t most_ = 0;  // of given_bytes_
+};
+
+}  // namespace detail
+LORA_NAMESPACE_END
