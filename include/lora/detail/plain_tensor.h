@@ -21,5 +21,18 @@ inline bool is_plain_cpu_tensor(const at::Tensor& tensor) {
          !c10::impl::tls_is_dispatch_key_included(Key::Tracer);
 }
 
+/// Calls visit(T()) with the type of a plain tensor's elements.
+template <class Visit>
+void visit_plain_dtype(at::ScalarType dtype, const Visit& visit) {
+  switch (dtype) {
+    case at::kFloat:
+      return visit(float());
+    case at::kBFloat16:
+      return visit(c10::BFloat16());
+    default:
+      return visit(c10::Half());
+  }
+}
+
 }  // namespace detail
 LORA_NAMESPACE_END
