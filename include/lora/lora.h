@@ -5,7 +5,8 @@
 #include <lora/config/targets.h>        // defines: TargetModules, FusedPart
 #include <lora/detail/error.h>          // defines: StateError, FormatError
 #include <lora/functional/attention.h>  // defines: attention, packed_attention
-#include <lora/functional/gelu.h>       // defines: gelu
+#include <lora/functional/fast_operators.h>        // defines: FastOperators
+#include <lora/functional/gelu.h>                  // defines: gelu
 #include <lora/functional/linear_cross_entropy.h>  // defines: linear_cross_entropy, LinearCrossEntropyOptions
 #include <lora/functional/recompute.h>             // defines: recompute
 #include <lora/inject/accelerate.h>                // defines: accelerate, end_acceleration, acceleration_of

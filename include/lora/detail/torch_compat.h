@@ -11,5 +11,8 @@ namespace detail {
 /// tests; a second user in the same process is found by registrar.h.
 inline constexpr c10::DispatchKey kAdaptedWeightKey = c10::DispatchKey::TESTING_ONLY_GenericWrapper;
 
+/// The dispatch key that a thread switches on for FastOperators: above the other and like it kept for LibTorch's tests.
+inline constexpr c10::DispatchKey kFastOperatorsKey = c10::DispatchKey::TESTING_ONLY_GenericMode;
+
 }  // namespace detail
 LORA_NAMESPACE_END

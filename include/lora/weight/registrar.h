@@ -1,6 +1,6 @@
 #pragma once
 
-#include <lora/detail/error.h>
+#include <lora/detail/key_owner.h>
 #include <lora/detail/torch_compat.h>
 #include <lora/version.h>
 #include <lora/weight/convolution.h>
@@ -11,26 +11,15 @@
 
 #include <memory>
 #include <optional>
-#include <string>
-#include <vector>
 
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
-inline int64_t abi() { return LORA_ABI; }
-
-/// Registers the kernels with LibTorch's dispatcher, once a process: the first library that is loaded owns the key, a
-/// later one with the same layout works through its kernels. A second backend fallback would end the process, hence the
-/// question beforehand.
+/// Registers the kernels with LibTorch's dispatcher, once a process.
 class Registrar {
  public:
   Registrar() {
-    auto& dispatcher = c10::Dispatcher::singleton();
-    const auto linear = dispatcher.findSchema({"aten::linear", ""});
-    if (dispatcher.hasBackendFallbackForDispatchKey(kAdaptedWeightKey) ||
-        (linear && linear->hasKernelForDispatchKey(kAdaptedWeightKey))) {
-      return;
-    }
+    if (key_is_taken(kAdaptedWeightKey, "aten::linear")) return;
     using torch::Library;
     owner_ = std::make_unique<Library>(Library::FRAGMENT, "lora", std::nullopt, __FILE__, __LINE__);
     owner_->def("_abi() -> int", &abi);
@@ -76,20 +65,7 @@ class Registrar {
 inline const Registrar registrar;
 
 /// Throws a StateError where another library, or another version of this one, holds the dispatch key.
-inline void check_key_owner() {
-  const auto owner = c10::Dispatcher::singleton().findSchema({"lora::_abi", ""});
-  if (!owner) {
-    throw StateError("[lora::inject] found the dispatch key " + std::string(c10::toString(kAdaptedWeightKey)) +
-                     " in use by another library, expected it free; the two cannot work in one process");
-  }
-  torch::jit::Stack stack;
-  owner->callBoxed(&stack);
-  const auto found = stack.back().toInt();
-  if (found != LORA_ABI) {
-    throw StateError("[lora::inject] found kernels of layout " + std::to_string(found) + " in this process, expected " +
-                     std::to_string(LORA_ABI) + "; build every library of the process with the same version of lora");
-  }
-}
+inline void check_key_owner() { check_key_owner("lora::inject", kAdaptedWeightKey, "lora::_abi"); }
 
 }  // namespace detail
 LORA_NAMESPACE_END

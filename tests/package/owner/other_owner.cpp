@@ -8,11 +8,15 @@
 namespace {
 
 TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, library) { library.fallback(torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, library) { library.fallback(torch::CppFunction::makeFallthrough()); }
 
 #ifdef LAYOUT
 int64_t layout() { return LAYOUT; }
 
-TORCH_LIBRARY(lora, library) { library.def("_abi() -> int", &layout); }
+TORCH_LIBRARY(lora, library) {
+  library.def("_abi() -> int", &layout);
+  library.def("_fast_operators_abi() -> int", &layout);
+}
 #endif
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A dispatch key that is taken: an error at injection, and the model stays as it was.
+// A dispatch key that is taken: an error where it is needed, and everything stays as it was.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <lora/lora.h>
@@ -18,6 +18,12 @@ TEST(KeyOwner, ThatIsNotThisLibraryIsAnErrorAtInjection) {
               testing::ThrowsMessage<lora::StateError>(testing::HasSubstr(EXPECTED_ERROR)));
   EXPECT_EQ(harness::parameter_state(*model), before);
   EXPECT_NO_THROW(model->forward(at::ones({1, 3})));
+}
+
+TEST(KeyOwner, ThatIsNotThisLibraryIsAnErrorOfFastOperators) {
+  EXPECT_THAT([] { const lora::FastOperators fast; },
+              testing::ThrowsMessage<lora::StateError>(testing::HasSubstr(EXPECTED_ERROR)));
+  EXPECT_NO_THROW(at::gelu(at::ones({3}), "tanh"));
 }
 
 }  // namespace

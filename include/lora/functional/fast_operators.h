@@ -1,0 +1,85 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/string_view.h>
+#include <lora/detail/key_owner.h>
+#include <lora/detail/torch_compat.h>
+#include <lora/functional/attention.h>
+#include <lora/functional/gelu.h>
+#include <lora/version.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <optional>
+
+LORA_NAMESPACE_BEGIN
+namespace detail {
+
+inline at::Tensor fast_gelu_kernel(const at::Tensor& x, c10::string_view approximate) {
+  const c10::impl::ExcludeDispatchKeyGuard below(kFastOperatorsKey);
+  return lora::gelu(x, approximate);
+}
+
+inline at::Tensor fast_attention_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                        const std::optional<at::Tensor>& mask, double dropout, bool is_causal,
+                                        std::optional<double> scale, bool enable_gqa) {
+  const c10::impl::ExcludeDispatchKeyGuard below(kFastOperatorsKey);
+  const bool applies = !(mask && mask->defined()) && dropout == 0 && !enable_gqa;
+  return applies ? lora::attention(q, k, v, is_causal, scale)
+                 : at::scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale, enable_gqa);
+}
+
+/// Registers the kernels with LibTorch's dispatcher, once a process. Every other operator passes over the key.
+class FastOperatorsRegistrar {
+ public:
+  FastOperatorsRegistrar() {
+    if (key_is_taken(kFastOperatorsKey, "aten::gelu")) return;
+    using torch::Library;
+    owner_ = std::make_unique<Library>(Library::FRAGMENT, "lora", std::nullopt, __FILE__, __LINE__);
+    owner_->def("_fast_operators_abi() -> int", &abi);
+
+    fallback_ = std::make_unique<Library>(Library::IMPL, "_", kFastOperatorsKey, __FILE__, __LINE__);
+    fallback_->fallback(torch::CppFunction::makeFallthrough());
+
+    kernels_ = std::make_unique<Library>(Library::IMPL, "aten", kFastOperatorsKey, __FILE__, __LINE__);
+    kernels_->impl("gelu", TORCH_FN(fast_gelu_kernel));
+    kernels_->impl("scaled_dot_product_attention", TORCH_FN(fast_attention_kernel));
+  }
+
+ private:
+  std::unique_ptr<torch::Library> owner_;
+  std::unique_ptr<torch::Library> fallback_;
+  std::unique_ptr<torch::Library> kernels_;
+};
+
+inline const FastOperatorsRegistrar fast_operators_registrar;
+
+}  // namespace detail
+
+/// While it lives, LibTorch's GELU and scaled dot product attention are run on its thread as lora::gelu and
+/// lora::attention run them, so that a model which is already written gets their speed.
+///
+///     { const lora::FastOperators fast; loss = model->forward(ids); }
+///     loss.backward();
+///
+/// A backward follows the forward that it belongs to, with the guard or without. Guards nest, and live and die on one
+/// thread, each before those that are older. What the functions leave to LibTorch, attention with a mask or dropout,
+/// and every other operator is LibTorch's as without. Throws a StateError where another library holds the dispatch key.
+class FastOperators {
+ public:
+  FastOperators() : switched_on_(owned_key()) {}
+  FastOperators(const FastOperators&) = delete;
+  FastOperators& operator=(const FastOperators&) = delete;
+
+ private:
+  static c10::DispatchKey owned_key() {
+    detail::check_key_owner("lora::FastOperators", detail::kFastOperatorsKey, "lora::_fast_operators_abi");
+    return detail::kFastOperatorsKey;
+  }
+
+  c10::impl::IncludeDispatchKeyGuard switched_on_;
+};
+
+LORA_NAMESPACE_END
