@@ -16,9 +16,10 @@ LORA_ALWAYS_INLINE void exp_lanes(const V& x, V& result) {
   const V zero{};
   V bounded = x > 88.8f ? zero + 88.8f : x;
   bounded = bounded < -87.3f ? zero - 87.3f : bounded;
-  // The conversion cuts off what follows the point, so that it rounds down what 128.5 makes positive.
-  const Like<int32_t, V> n = __builtin_convertvector(bounded * 1.44269504088896341f + 128.5f, Like<int32_t, V>) - 128;
-  const V steps = __builtin_convertvector(n, V);
+  // n + 128 is positive, so that the conversion, which cuts off what follows the point, rounds down. Its bits are
+  // unsigned, which NaN cannot overflow.
+  const Like<int32_t, V> converted = __builtin_convertvector(bounded * 1.44269504088896341f + 128.5f, Like<int32_t, V>);
+  const V steps = __builtin_convertvector(converted, V) - 128.0f;
   const V r = bounded - steps * 0.693359375f + steps * 2.12194440e-4f;
   V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -27,10 +28,12 @@ LORA_ALWAYS_INLINE void exp_lanes(const V& x, V& result) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   // 2^n in two factors: n reaches 128, which has no factor of its own.
-  const Like<int32_t, V> low = n >> 1, high = n - low;
+  Like<uint32_t, V> n_plus_128;
+  copy_bits(converted, n_plus_128);
+  const Like<uint32_t, V> low = n_plus_128 >> 1, high = n_plus_128 - low;
   V low_power, high_power;
-  copy_bits((low + 127) << 23, low_power);
-  copy_bits((high + 127) << 23, high_power);
+  copy_bits((low + 63U) << 23, low_power);
+  copy_bits((high + 63U) << 23, high_power);
   p = p * low_power * high_power;
   result = x < -87.3f ? zero : p;
 }
