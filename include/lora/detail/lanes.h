@@ -52,7 +52,10 @@ LORA_ALWAYS_INLINE void choose(const Lanes<int32_t>& mask, const Lanes<T>& yes, 
 
 // Loading: an element as a summand, exactly.
 
-LORA_ALWAYS_INLINE void load(const double* from, Lanes<double>& to) { std::memcpy(&to, from, sizeof to); }
+template <class V>
+LORA_ALWAYS_INLINE void load(const double* from, V& to) {
+  std::memcpy(&to, from, sizeof to);
+}
 
 template <class V>
 LORA_ALWAYS_INLINE void load(const float* from, V& to) {
@@ -91,7 +94,8 @@ LORA_ALWAYS_INLINE void load(const c10::Half* from, V& to) {
 template <class T, class V>
 LORA_ALWAYS_INLINE void load_first(const T* from, int64_t count, T rest, V& to) {
   T padded[kLanesOf<V>];
-  for (int64_t lane = 0; lane < kLanesOf<V>; ++lane) padded[lane] = lane < count ? from[lane] : rest;
+  for (auto& element : padded) element = rest;
+  std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(T));
   load(padded, to);
 }
 
@@ -137,6 +141,11 @@ LORA_ALWAYS_INLINE void store_half_words(const V& words, void* to) {
 // Storing: the sum, rounded.
 
 template <class V>
+LORA_ALWAYS_INLINE void store(const V& from, double* to) {
+  std::memcpy(to, &from, sizeof from);
+}
+
+template <class V>
 LORA_ALWAYS_INLINE void store(const V& from, float* to) {
   std::memcpy(to, &from, sizeof from);
 }
@@ -160,48 +169,7 @@ template <class T, class V>
 LORA_ALWAYS_INLINE void store_first(const V& from, int64_t count, T* to) {
   T padded[kLanesOf<V>];
   store(from, padded);
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = padded[lane];
-}
-
-// Whole vectors with `non_finite`, which counts by lane what comes out NaN or infinite, told by the bits, since
-// -ffast-math lets the compiler assume that there is no such number.
-
-LORA_ALWAYS_INLINE void store(const Lanes<double>& from, double* to, Lanes<uint64_t>& non_finite) {
-  std::memcpy(to, &from, sizeof from);
-  Lanes<uint64_t> bits;
-  copy_bits(from, bits);
-  const auto mask = (bits & 0x7ff0000000000000ULL) == 0x7ff0000000000000ULL;
-  Lanes<uint64_t> found;
-  copy_bits(mask, found);
-  non_finite += found & 1U;
-}
-
-LORA_ALWAYS_INLINE void count_non_finite(const Lanes<uint32_t>& bits, uint32_t exponent, Lanes<uint32_t>& non_finite) {
-  const auto mask = (bits & exponent) == exponent;
-  Lanes<uint32_t> found;
-  copy_bits(mask, found);
-  non_finite += found & 1U;
-}
-
-LORA_ALWAYS_INLINE void store(const Lanes<float>& from, float* to, Lanes<uint32_t>& non_finite) {
-  std::memcpy(to, &from, sizeof from);
-  Lanes<uint32_t> bits;
-  copy_bits(from, bits);
-  count_non_finite(bits, 0x7f800000U, non_finite);
-}
-
-LORA_ALWAYS_INLINE void store(const Lanes<float>& from, c10::BFloat16* to, Lanes<uint32_t>& non_finite) {
-  Lanes<uint32_t> bits;
-  bfloat16_bits(from, bits);
-  count_non_finite(bits, 0x7f80U, non_finite);
-  store_half_words(bits, to);
-}
-
-LORA_ALWAYS_INLINE void store(const Lanes<float>& from, c10::Half* to, Lanes<uint32_t>& non_finite) {
-  Lanes<uint32_t> bits;
-  half_bits(from, bits);
-  count_non_finite(bits, 0x7C00U, non_finite);
-  store_half_words(bits, to);
+  std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));
 }
 
 }  // namespace detail

@@ -1,8 +1,11 @@
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/Device.h>
+#include <c10/core/Storage.h>
 #include <c10/util/Exception.h>
 #include <lora/version.h>
 #include <sys/mman.h>
@@ -15,19 +18,21 @@
 #include <map>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
+inline constexpr size_t kHugePage = 2 << 20;
+
 /// Fresh memory of whole pages, in huge ones where the system has them; null: there is none.
 inline void* map_pages(size_t bytes) {
-  constexpr size_t kHuge = 2 << 20;
-  const auto spare = bytes < kHuge ? 0 : kHuge;
+  const auto spare = bytes < kHugePage ? 0 : kHugePage;
   void* const mapped = ::mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return nullptr;
   if (spare == 0) return mapped;
   auto* const first = static_cast<char*>(mapped);
-  const auto before = (kHuge - reinterpret_cast<uintptr_t>(first) % kHuge) % kHuge;
+  const auto before = (kHugePage - reinterpret_cast<uintptr_t>(first) % kHugePage) % kHugePage;
   if (before != 0) ::munmap(first, before);
   if (before != spare) ::munmap(first + before + bytes, spare - before);
 #ifdef MADV_HUGEPAGE
@@ -36,13 +41,20 @@ inline void* map_pages(size_t bytes) {
   return first + before;
 }
 
+/// Lets the system take the memory when it lacks some; until then it is mapped, and free of faults when it is written.
+inline void let_system_take(void* data, size_t bytes) {
+#ifdef MADV_FREE
+  if (bytes >= kHugePage) ::madvise(data, bytes, MADV_FREE);
+#endif
+}
+
 /// An allocator of the CPU whose freed blocks wait for the next tensors of their size. Small ones are left to
 /// LibTorch's default.
 ///
 /// glibc cuts blocks to size and cannot put them together again around what lives longer: a training step ends with
 /// tens of megabytes that no tensor fits into. Here a block is given out whole, and at most an eighth larger than asked
 /// for. The process never has more than a thirty-second beyond what its tensors took at their most: what would exceed
-/// it is given back to the system, first what has waited longest.
+/// it is given back to the system, first what has waited longest; and when the system lacks memory it takes what waits.
 class TensorMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
@@ -54,6 +66,12 @@ class TensorMemory final : public c10::Allocator {
   }
   c10::DeleterFnPtr raw_deleter() const override { return &free; }
   void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
+
+  /// An uninitialised contiguous tensor like another on the CPU.
+  at::Tensor empty_like(const at::Tensor& like) {
+    c10::Storage storage(c10::Storage::use_byte_size_t(), like.nbytes(), this, /*resizable=*/true);
+    return at::empty({0}, like.options()).set_(std::move(storage), 0, like.sizes(), {});
+  }
 
   /// The one of this process. It is never destroyed: tensors may outlive everything.
   static TensorMemory& instance() {
@@ -108,6 +126,7 @@ class TensorMemory final : public c10::Allocator {
         waiting_by_size_.emplace(found->second, std::prev(waiting_.end()));
         waiting_bytes_ += found->second;
         given_bytes_ -= found->second;
+        let_system_take(data, found->second);
         given_.erase(found);
         return;
       }

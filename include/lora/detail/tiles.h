@@ -79,18 +79,14 @@ LORA_ALWAYS_INLINE void multiply_rows(const LeftMatrix& a, const RowMatrix<const
 template <class T, class V>
 LORA_ALWAYS_INLINE void load_some(const T* from, int64_t count, V& to) {
   if (count >= kLanesOf<V>) return load(from, to);
-  T padded[kLanesOf<V>] = {};
-  std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(T));
-  load(padded, to);
+  load_first(from, count, T(0), to);
 }
 
 /// The first `count` lanes.
 template <class T, class V>
 LORA_ALWAYS_INLINE void store_some(const V& from, int64_t count, T* to) {
   if (count >= kLanesOf<V>) return store(from, to);
-  T padded[kLanesOf<V>];
-  store(from, padded);
-  std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));
+  store_first(from, count, to);
 }
 
 /// Rows [0, count) of `size` elements into float32, with zeros up to a whole vector and behind the last row up to

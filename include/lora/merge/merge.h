@@ -2,13 +2,14 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <lora/detail/instruction_set.h>
 #include <lora/detail/parallel.h>
+#include <lora/detail/tensor_memory.h>
 #include <lora/merge/merge_kernel.h>
 #include <lora/methods/method.h>
 #include <lora/version.h>
@@ -37,7 +38,8 @@ class MergeOptions {
 struct MergeReport {
   /// Parameters that are replaced.
   int64_t weights = 0;
-  /// Of memory on top: second copies until unmerge(), or the largest W′ while it is put in place. Where LibTorch's
+  /// Of memory on top: second copies until unmerge(), whose memory then waits for the next merge or for a system that
+  /// lacks memory; or the largest W′ while it is put in place. Where LibTorch's
   /// operators merge (devices but the CPU), they take three more of one weight at a time, in fp32 for a half base.
   int64_t bytes = 0;
 };
@@ -54,6 +56,17 @@ struct MergeJob {
   std::atomic<int64_t> non_finite{0};
 };
 
+/// A [rank, columns] as MergeFactors<…> take it for a base of `T`.
+template <class T>
+at::Tensor merge_panels(const at::Tensor& A) {
+  const auto rank = A.size(0), columns = A.size(1);
+  const auto panels = (columns + kMergePanel - 1) / kMergePanel;
+  auto padded =
+      at::constant_pad_nd(A, {0, panels * kMergePanel - columns}).view({rank, panels, kMergePanel}).transpose(0, 1);
+  if (kSplitsColumns<T>) padded = padded.unflatten(2, {kMergePanel / 2, 2}).transpose(2, 3);
+  return padded.contiguous();
+}
+
 /// The tiles of one job, ready to run in any order on any thread.
 class MergeTiles {
  public:
@@ -66,7 +79,7 @@ template <class T, class Sum>
 class TypedMergeTiles final : public MergeTiles {
  public:
   explicit TypedMergeTiles(MergeJob& job) : job_(job), base_(job.base.contiguous()) {
-    job_.merged = at::empty_like(base_, c10::MemoryFormat::Contiguous);
+    job_.merged = TensorMemory::instance().empty_like(base_);
     const auto dtype = c10::CppTypeToScalarType<Sum>::value;
     for (const auto& [begin, update] : job.updates) {
       auto right = update.A.to(dtype);
@@ -80,40 +93,47 @@ class TypedMergeTiles final : public MergeTiles {
         first = 0;
       }
       left = left.contiguous();
-      right = right.contiguous();
-      factors_.push_back({right.template const_data_ptr<Sum>(), left.template const_data_ptr<Sum>(), right.size(0),
+      right = merge_panels<T>(right);
+      factors_.push_back({right.template const_data_ptr<Sum>(), left.template const_data_ptr<Sum>(), left.size(1),
                           first, first + left.size(0)});
       kept_.push_back(std::move(right));
       kept_.push_back(std::move(left));
     }
-    row_tiles_ = (base_.size(0) + kRows - 1) / kRows;
-    column_tiles_ = (base_.size(1) + kColumns - 1) / kColumns;
+    int64_t rank = 1;
+    for (const auto& update : factors_) rank += update.rank;
+    const auto bytes_of_row = std::max<int64_t>(base_.size(1) * static_cast<int64_t>(sizeof(T)), 1);
+    rows_ = std::max<int64_t>(kTileBytes / bytes_of_row, 8);
+    columns_ =
+        std::max<int64_t>(kFactorBytes / (rank * static_cast<int64_t>(sizeof(Sum))) / kMergePanel, 1) * kMergePanel;
   }
 
-  int64_t count() const override { return row_tiles_ * column_tiles_; }
+  int64_t count() const override { return (base_.size(0) + rows_ - 1) / rows_; }
 
   void run(int64_t tile) override {
-    const auto first = tile / column_tiles_ * kRows;
-    const auto left = tile % column_tiles_ * kColumns;
-    const auto bad = run_kernel<MergeTileKernel>(
-        instruction_set(),
-        MergeTile<T, Sum>{base_.template const_data_ptr<T>(), job_.merged.template mutable_data_ptr<T>(), base_.size(1),
-                          factors_.data(), static_cast<int64_t>(factors_.size()), first,
-                          std::min(first + kRows, base_.size(0)), left, std::min(left + kColumns, base_.size(1))});
+    const auto first = tile * rows_, last = std::min(first + rows_, base_.size(0));
+    int64_t bad = 0;
+    for (int64_t left = 0; left < base_.size(1); left += columns_) {
+      bad += run_register_kernel<MergeTileKernel>(
+          instruction_set(),
+          MergeTile<T, Sum>{base_.template const_data_ptr<T>(), job_.merged.template mutable_data_ptr<T>(),
+                            base_.size(1), factors_.data(), static_cast<int64_t>(factors_.size()), first, last, left,
+                            std::min(left + columns_, base_.size(1))});
+    }
     if (bad != 0) job_.non_finite += bad;
   }
 
  private:
-  // A tile's columns of A stay in the first cache level up to rank 16, and a tile is long enough to hide its dispatch.
-  static constexpr int64_t kRows = 64;
-  static constexpr int64_t kColumns = 512;
+  // The system clears a huge page for the first thread that writes to it: others are to be elsewhere meanwhile.
+  static constexpr int64_t kTileBytes = 2 << 20;
+  // The columns of A that the rows of a tile share stay in the first cache level.
+  static constexpr int64_t kFactorBytes = 20 << 10;
 
   MergeJob& job_;
   at::Tensor base_;
   std::vector<MergeFactors<Sum>> factors_;
   std::vector<at::Tensor> kept_;
-  int64_t row_tiles_ = 0;
-  int64_t column_tiles_ = 0;
+  int64_t rows_ = 0;
+  int64_t columns_ = 0;
 };
 
 /// The tiles of a job on the CPU; null for a device or dtype without a kernel.
