@@ -3,6 +3,7 @@
 #include <lora/adapters.h>              // defines: Adapters, DisableAdapters, inject, load, adapters_of, param_groups
 #include <lora/config/lora_config.h>    // defines: LoraConfig, LoraInit
 #include <lora/config/targets.h>        // defines: TargetModules, FusedPart
+#include <lora/cuda/merge.h>            // defines: cuda::MergeKernel, cuda::set_merge_kernel, cuda::has_merge_kernels
 #include <lora/detail/error.h>          // defines: StateError, FormatError
 #include <lora/functional/attention.h>  // defines: attention, packed_attention
 #include <lora/functional/fast_operators.h>        // defines: FastOperators

@@ -39,8 +39,8 @@ struct MergeReport {
   /// Parameters that are replaced.
   int64_t weights = 0;
   /// Of memory on top: second copies until unmerge(), whose memory then waits for the next merge or for a system that
-  /// lacks memory; or the largest W′ while it is put in place. Where LibTorch's
-  /// operators merge (devices but the CPU), they take three more of one weight at a time, in fp32 for a half base.
+  /// lacks memory; or the largest W′ while it is put in place. Where LibTorch's operators merge (all devices but the
+  /// CPU and, with lora::cuda, CUDA's), they take three more of one weight at a time, in fp32 for a half base.
   int64_t bytes = 0;
 };
 
@@ -165,6 +165,23 @@ inline void merge_by_operators(MergeJob& job) {
   job.non_finite = job.merged.numel() - at::isfinite(job.merged).sum().item<int64_t>();
 }
 
+/// Merges jobs whose bases are on CUDA devices; set where a program is linked with lora::cuda.
+inline std::atomic<void (*)(const std::vector<MergeJob*>&)> merge_on_cuda{nullptr};
+
+/// Merges what the CPU's kernels do not: fills `merged` and `non_finite`.
+inline void merge_others(const std::vector<MergeJob*>& jobs) {
+  const auto on_cuda = merge_on_cuda.load();
+  std::vector<MergeJob*> cuda_jobs;
+  for (auto* job : jobs) {
+    if (on_cuda != nullptr && job->base.is_cuda()) {
+      cuda_jobs.push_back(job);
+    } else {
+      merge_by_operators(*job);
+    }
+  }
+  if (!cuda_jobs.empty()) on_cuda(cuda_jobs);
+}
+
 /// Computes every job's W′ in one threaded pass. Throws a c10::ValueError that names each weight with a NaN or infinite
 /// result; nothing but the jobs' own buffers is written.
 inline void merge_weights(std::vector<std::unique_ptr<MergeJob>>& jobs) {
@@ -172,10 +189,11 @@ inline void merge_weights(std::vector<std::unique_ptr<MergeJob>>& jobs) {
   const c10::NoGradGuard no_grad;
   std::vector<std::unique_ptr<MergeTiles>> tiles;
   std::vector<std::pair<MergeTiles*, int64_t>> tasks;
+  std::vector<MergeJob*> others;
   for (auto& job : jobs) {
     auto job_tiles = merge_tiles(*job);
     if (job_tiles == nullptr) {
-      merge_by_operators(*job);
+      others.push_back(job.get());
       continue;
     }
     for (int64_t i = 0; i < job_tiles->count(); ++i) tasks.emplace_back(job_tiles.get(), i);
@@ -185,6 +203,7 @@ inline void merge_weights(std::vector<std::unique_ptr<MergeJob>>& jobs) {
     const auto& [job_tiles, tile] = tasks[static_cast<size_t>(i)];
     job_tiles->run(tile);
   });
+  merge_others(others);
 
   std::string problems;
   for (const auto& job : jobs) {

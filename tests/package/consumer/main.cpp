@@ -14,6 +14,12 @@ struct Net : torch::nn::Module {
   torch::nn::Linear fc;
 };
 
+#ifdef LINKED_WITH_CUDA
+constexpr bool kLinkedWithCuda = true;
+#else
+constexpr bool kLinkedWithCuda = false;
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -31,7 +37,8 @@ int main(int argc, char** argv) {
   lora::load(net, folder);
   const bool same = torch::equal(net.fc->forward(x), adapted);
   std::filesystem::remove_all(folder);
-  std::printf("lora %d.%d.%d: %s\n", LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH,
-              same ? "same" : "different");
-  return same ? 0 : 1;
+  const bool linked = lora::cuda::has_merge_kernels() == kLinkedWithCuda;
+  std::printf("lora %d.%d.%d: %s%s\n", LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH,
+              same ? "same" : "different", linked ? "" : ", not linked as asked for");
+  return same && linked ? 0 : 1;
 }
