@@ -48,8 +48,11 @@ struct GPT2AttentionImpl : torch::nn::Module {
   /// x: [batch, length, n_embd] to the same shape; `past` is read and extended where it is given.
   torch::Tensor forward(const torch::Tensor& x, std::pair<torch::Tensor, torch::Tensor>* past) {
     const auto batch = x.size(0), length = x.size(1), width = x.size(2);
-    auto parts = c_attn(x).view({batch, length, 3, heads_, width / heads_}).permute({2, 0, 3, 1, 4}).unbind(0);
-    auto query = parts[0], key = parts[1], value = parts[2];
+    std::vector<torch::Tensor> heads;
+    for (const auto& part : c_attn(x).split(width, /*dim=*/2)) {
+      heads.push_back(part.view({batch, length, heads_, width / heads_}).transpose(1, 2));
+    }
+    auto query = heads[0], key = heads[1], value = heads[2];
     torch::Tensor mask;
     if (past != nullptr) {
       if (past->first.defined()) {

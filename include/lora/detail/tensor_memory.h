@@ -53,7 +53,7 @@ inline void let_system_take(void* data, size_t bytes) {
 ///
 /// glibc cuts blocks to size and cannot put them together again around what lives longer: a training step ends with
 /// tens of megabytes that no tensor fits into. Here a block is given out whole, and at most an eighth larger than asked
-/// for. The process never has more than a thirty-second beyond what its tensors took at their most: what would exceed
+/// for. The process never has more than a sixty-fourth beyond what its tensors took at their most: what would exceed
 /// it is given back to the system, first what has waited longest; and when the system lacks memory it takes what waits.
 class TensorMemory final : public c10::Allocator {
  public:
@@ -69,7 +69,8 @@ class TensorMemory final : public c10::Allocator {
 
   /// An uninitialised contiguous tensor like another on the CPU.
   at::Tensor empty_like(const at::Tensor& like) {
-    c10::Storage storage(c10::Storage::use_byte_size_t(), like.nbytes(), this, /*resizable=*/true);
+    c10::Storage storage(c10::Storage::use_byte_size_t(), static_cast<int64_t>(like.nbytes()), this,
+                         /*resizable=*/true);
     return at::empty({0}, like.options()).set_(std::move(storage), 0, like.sizes(), {});
   }
 
@@ -136,7 +137,7 @@ class TensorMemory final : public c10::Allocator {
 
   /// Makes room for a block to come.
   void give_back(size_t bytes) {
-    while (!waiting_.empty() && given_bytes_ + waiting_bytes_ + bytes > most_ + most_ / 32) {
+    while (!waiting_.empty() && given_bytes_ + waiting_bytes_ + bytes > most_ + most_ / 64) {
       const auto block = waiting_.front();
       auto entry = waiting_by_size_.lower_bound(block.bytes);
       while (entry->second != waiting_.begin()) ++entry;

@@ -7,6 +7,7 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
+#include <lora/detail/instruction_set.h>
 #include <lora/detail/plain_tensor.h>
 #include <lora/functional/attention_call.h>
 #include <lora/version.h>
@@ -100,6 +101,7 @@ inline at::Tensor autocast_argument(const at::Tensor& x) {
 
 /// Whether our kernel takes q [*, L, E], k and v [*, S, E], with any L and S of sequences in them.
 inline bool attention_applies(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  if (instruction_set() == InstructionSet::kPlain) return false;  // LibTorch's is faster there
   for (const auto* x : {&q, &k, &v}) {
     if (!is_plain_cpu_tensor(*x) || x->scalar_type() != q.scalar_type()) return false;
     if (x->dim() < 2 || x->dim() != q.dim()) return false;

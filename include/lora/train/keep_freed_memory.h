@@ -11,7 +11,7 @@ LORA_NAMESPACE_BEGIN
 ///
 /// A training step frees what the next one needs again. By default large blocks go back to the system in between, whose
 /// pages are then cleared and mapped anew, which takes up to a tenth of a step, or they are cut to pieces that no
-/// tensor fits into. Blocks from 64 KiB on come in huge pages where the system has them. At most a thirty-second more
+/// tensor fits into. Blocks from 64 KiB on come in huge pages where the system has them. At most a sixty-fourth more
 /// than the tensors took at their most is held.
 inline void keep_freed_memory() { c10::SetCPUAllocator(&detail::TensorMemory::instance()); }
 
