@@ -1,5 +1,5 @@
-# What the tests and the example programs need beside the library: lora::gtest, lora::cli11 and lora::pcre2, each from
-# the system or, if it is not there, from Debian's package.
+# What the tests, the example programs and the benchmarks need beside the library: lora::gtest, lora::cli11, lora::pcre2
+# and lora::benchmark, each from the system or, if it is not there, from Debian's package.
 include(LoraFetch)
 
 function(lora_find_gtest)
@@ -67,5 +67,23 @@ function(lora_find_pcre2)
     target_include_directories(lora::pcre2 INTERFACE "${root}/usr/include")
     target_compile_definitions(lora::pcre2 INTERFACE PCRE2_STATIC)
     target_link_libraries(lora::pcre2 INTERFACE "${library}")
+  endif()
+endfunction()
+
+function(lora_find_benchmark)
+  if(TARGET lora::benchmark)
+    return()
+  endif()
+  find_package(benchmark 1.6 QUIET CONFIG)
+  add_library(lora::benchmark INTERFACE IMPORTED GLOBAL)
+  if(TARGET benchmark::benchmark_main)
+    target_link_libraries(lora::benchmark INTERFACE benchmark::benchmark_main benchmark::benchmark)
+  else()
+    lora_fetch_debian(headers libbenchmark-dev "Google Benchmark")
+    lora_fetch_debian(libraries libbenchmark1debian "Google Benchmark")
+    file(GLOB main "${headers}/usr/lib/*/libbenchmark_main.a")
+    file(GLOB library "${libraries}/usr/lib/*/libbenchmark.so.1debian")
+    target_include_directories(lora::benchmark INTERFACE "${headers}/usr/include")
+    target_link_libraries(lora::benchmark INTERFACE "${main}" "${library}")
   endif()
 endfunction()

@@ -9,6 +9,7 @@
 #include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/linear.h>
 
+#include <cmath>
 #include <functional>
 #include <map>
 #include <memory>
@@ -229,6 +230,43 @@ TEST_F(Recompute, RefusesAnInputThatHasBeenWrittenTo) {
   const auto y = lora::recompute(layer(), hidden);
   hidden.add_(1);
   EXPECT_THAT(message_of([&] { y.sum().backward(); }), HasSubstr("modified by an inplace operation"));
+}
+
+TEST(RecomputeTensors, RefusesAFunctionThatWritesToItsInput) {
+  const auto weight = at::ones({2}).requires_grad_(), x = at::ones({2});
+  const auto y = lora::recompute([weight](const at::Tensor& t) { return t.add_(1) * weight; }, x);
+  EXPECT_THAT(message_of([&] { y.sum().backward(); }), HasSubstr("modified by an inplace operation"));
+}
+
+TEST(RecomputeTensors, HasGradientsOfScalars) {
+  const auto x = at::ones({2}, at::kDouble).requires_grad_(), gate = at::full({}, 3.0, at::kDouble).requires_grad_();
+  const auto y = lora::recompute([gate](const at::Tensor& t) { return t * gate; }, x);
+  const auto z = lora::recompute([](const at::Tensor& t) { return t.exp(); }, gate);
+  const auto gradients = torch::autograd::grad({y.sum() + z}, {x, gate});
+  EXPECT_TRUE(at::equal(gradients[0], at::full_like(x, 3)));
+  EXPECT_NEAR(gradients[1].item<double>(), 2 + std::exp(3.0), 1e-12);
+}
+
+TEST(RecomputeTensors, LeavesTheCallersGradientAlone) {
+  const auto x = at::ones({2}).requires_grad_();
+  const auto dy = at::ones({2}).requires_grad_();
+  const auto y = lora::recompute([](const at::Tensor& t) { return t + 1; }, x);
+  const auto dx = torch::autograd::grad({y}, {x}, {dy}, true, /*create_graph=*/true)[0];
+  EXPECT_TRUE(dy.is_leaf());
+  EXPECT_FALSE(dx.is_same(dy));
+}
+
+TEST(RecomputeTensors, LeavesGeneratorsAloneThatItDidNotUse) {
+  const auto x = at::ones({2}).requires_grad_();
+  const auto y = lora::recompute([](const at::Tensor& t) { return t * 2; }, x);
+  torch::manual_seed(1);
+  const auto expected = at::rand({2});
+  torch::manual_seed(1);
+  at::Tensor drawn;
+  x.register_hook([&](const at::Tensor& dx) { drawn = at::rand({1}), static_cast<void>(dx); });
+  y.sum().backward();
+  EXPECT_EQ(drawn.item<float>(), expected[0].item<float>());
+  EXPECT_EQ(at::rand({1}).item<float>(), expected[1].item<float>());
 }
 
 TEST_F(Recompute, RefusesAnEmptyFunction) {

@@ -33,14 +33,14 @@ class ProductPlanTest : public ::testing::Test {
 };
 
 TEST_F(ProductPlanTest, MeasuresAShapeOnceForAllRowsOfItsClass) {
-  for (const int64_t rows : {64, 65, 100, 4000}) plan_.choose(rows, matrix(128, 256));
+  for (const int64_t rows : {64, 65, 100, 4000}) plan_.choose(rows, matrix(512, 256));
   EXPECT_EQ(plan_.choices().size(), 1U);
   EXPECT_EQ(plan_.choices().begin()->first.rows, 64);
-  plan_.choose(63, matrix(128, 256));
-  plan_.choose(32, matrix(128, 256));
+  plan_.choose(63, matrix(512, 256));
+  plan_.choose(32, matrix(512, 256));
   EXPECT_EQ(plan_.choices().size(), 2U);
   const auto first = plan_.choices();
-  plan_.choose(64, matrix(128, 256));
+  plan_.choose(64, matrix(512, 256));
   for (const auto& [shape, choice] : plan_.choices()) {
     EXPECT_EQ(choice.aten_seconds, first.at(shape).aten_seconds) << "measured again";
     EXPECT_GT(choice.aten_seconds, 0);
@@ -50,15 +50,15 @@ TEST_F(ProductPlanTest, MeasuresAShapeOnceForAllRowsOfItsClass) {
 }
 
 TEST_F(ProductPlanTest, TellsLayoutsDtypesAndThreadsApart) {
-  plan_.choose(64, matrix(128, 256));
-  plan_.choose(64, matrix(256, 128).t());
-  plan_.choose(64, matrix(256, 128));
-  plan_.choose(64, matrix(128, 256, at::kBFloat16));
+  plan_.choose(64, matrix(512, 256));
+  plan_.choose(64, matrix(256, 512).t());
+  plan_.choose(64, matrix(256, 512));
+  plan_.choose(64, matrix(512, 256, at::kBFloat16));
   const auto expected = lora::detail::onednn_has(at::kBFloat16) ? 4U : 3U;
   EXPECT_EQ(plan_.choices().size(), expected);
   const int threads = at::get_num_threads();
   at::set_num_threads(threads == 1 ? 2 : 1);
-  plan_.choose(64, matrix(128, 256));
+  plan_.choose(64, matrix(512, 256));
   at::set_num_threads(threads);
   EXPECT_EQ(plan_.choices().size(), expected + 1);
 }
@@ -74,18 +74,18 @@ TEST_F(ProductPlanTest, LeavesToAtenWhatOneDnnHasNotOrIsSmall) {
 TEST_F(ProductPlanTest, GoesByPinnedChoices) {
   ProductShape shape;
   shape.rows = 64;
-  shape.in = 128;
+  shape.in = 512;
   shape.out = 256;
   shape.threads = at::get_num_threads();
   for (const auto kernel : {ProductKernel::kOneDnn, ProductKernel::kAten, ProductKernel::kOneDnn}) {
     plan_.pin({{shape, {kernel}}});
-    EXPECT_EQ(plan_.choose(100, matrix(128, 256)), kernel);
+    EXPECT_EQ(plan_.choose(100, matrix(512, 256)), kernel);
   }
   EXPECT_EQ(plan_.choices().at(shape).aten_seconds, 0) << "measured though pinned";
 }
 
 TEST_F(ProductPlanTest, CompletesTheRowsOfKnownMatrices) {
-  plan_.choose(64, matrix(128, 1024));
+  plan_.choose(64, matrix(512, 1024));
   plan_.complete();
   std::vector<int64_t> rows;
   for (const auto& [shape, choice] : plan_.choices()) rows.push_back(shape.rows);
@@ -93,11 +93,11 @@ TEST_F(ProductPlanTest, CompletesTheRowsOfKnownMatrices) {
 }
 
 TEST_F(ProductPlanTest, PrintsALineForEachChoice) {
-  plan_.choose(64, matrix(256, 128).t());
+  plan_.choose(64, matrix(256, 512).t());
   std::ostringstream text;
   text << plan_;
   EXPECT_THAT(text.str(),
-              HasSubstr("products on " + ProductPlan::processor() + "\n64+ x 128 x 256 transposed, Float, "));
+              HasSubstr("products on " + ProductPlan::processor() + "\n64+ x 512 x 256 transposed, Float, "));
   EXPECT_THAT(text.str(), HasSubstr(" (ATen "));
 }
 

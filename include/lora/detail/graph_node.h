@@ -38,7 +38,9 @@ inline void refuse_double_backward(const char* function, const torch::autograd::
           "] found a second derivative, expected a first one; compute the same with LibTorch's operators for that",
       torch::autograd::edge_list(node.next_edges()));
   for (auto& gradient : gradients) {
-    if (gradient.defined()) torch::autograd::create_gradient_edge(gradient, error);
+    if (!gradient.defined()) continue;
+    gradient = gradient.detach();  // it may be a tensor of the caller's
+    torch::autograd::create_gradient_edge(gradient, error);
   }
 }
 

@@ -11,11 +11,11 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/edge.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -89,7 +89,7 @@ class GraphSection {
     explicit Sink(const torch::autograd::Edge& source) {
       const auto& metadata = source.function->input_metadata(source.input_nr);
       const auto sizes = c10::asIntArrayRefSlow(metadata.shape_as_dim_vector(), __FILE__, __LINE__);
-      add_input_metadata(at::empty({1}, metadata.options()).expand(sizes));
+      add_input_metadata(at::empty({}, metadata.options()).expand(sizes));
     }
     std::string name() const override { return "lora::GraphSection::Sink"; }
     torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
@@ -99,10 +99,11 @@ class GraphSection {
     at::Tensor gradient;
   };
 
-  // Numbers grow on their thread only: what another thread made has been made elsewhere.
+  // Numbers grow on their thread only: what another thread made has been made elsewhere. The largest number is that of
+  // nodes without a place in the order, the leaves' among them.
   bool holds(const torch::autograd::Node& node) const {
-    return node.sequence_nr() >= begin_ && node.thread_id() == thread_ &&
-           dynamic_cast<const torch::autograd::AccumulateGrad*>(&node) == nullptr;
+    return node.sequence_nr() >= begin_ && node.sequence_nr() != std::numeric_limits<uint64_t>::max() &&
+           node.thread_id() == thread_;
   }
 
   template <class Visit>

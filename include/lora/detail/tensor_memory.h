@@ -9,6 +9,7 @@
 #include <c10/util/Exception.h>
 #include <lora/version.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -53,8 +54,9 @@ inline void let_system_take(void* data, size_t bytes) {
 ///
 /// glibc cuts blocks to size and cannot put them together again around what lives longer: a training step ends with
 /// tens of megabytes that no tensor fits into. Here a block is given out whole, and at most an eighth larger than asked
-/// for. The process never has more than a sixty-fourth beyond what its tensors took at their most: what would exceed
-/// it is given back to the system, first what has waited longest; and when the system lacks memory it takes what waits.
+/// for. It never holds more than a sixty-fourth beyond what the blocks of its tensors took at their most: what would
+/// exceed it is given back to the system, first what has waited longest; and a system that lacks memory takes what
+/// waits.
 class TensorMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
@@ -82,7 +84,6 @@ class TensorMemory final : public c10::Allocator {
 
  private:
   static constexpr size_t kSmallest = 64 << 10;
-  static constexpr size_t kPage = 4096;
 
   struct Block {
     void* data;
@@ -94,7 +95,8 @@ class TensorMemory final : public c10::Allocator {
   static bool fits(size_t block, size_t bytes) { return block <= bytes + bytes / 8; }
 
   void* take(size_t asked) {
-    const auto bytes = (asked + kPage - 1) / kPage * kPage;
+    static const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+    const auto bytes = (asked + page - 1) / page * page;
     const std::lock_guard<std::mutex> lock(mutex_);
     void* data = nullptr;
     auto size = bytes;
@@ -108,7 +110,11 @@ class TensorMemory final : public c10::Allocator {
     }
     most_ = std::max(most_, given_bytes_ + size);
     if (data == nullptr) {
-      give_back(size);
+      give_back(size, most_ + most_ / 64);
+      data = map_pages(size);
+    }
+    if (data == nullptr) {
+      give_back(size, 0);
       data = map_pages(size);
     }
     if (data == nullptr) return nullptr;
@@ -135,9 +141,9 @@ class TensorMemory final : public c10::Allocator {
     small_->raw_deallocate(data);
   }
 
-  /// Makes room for a block to come.
-  void give_back(size_t bytes) {
-    while (!waiting_.empty() && given_bytes_ + waiting_bytes_ + bytes > most_ + most_ / 64) {
+  /// Makes room for a block to come, so that no more than `limit` is held with it, as far as blocks wait.
+  void give_back(size_t bytes, size_t limit) {
+    while (!waiting_.empty() && given_bytes_ + waiting_bytes_ + bytes > limit) {
       const auto block = waiting_.front();
       auto entry = waiting_by_size_.lower_bound(block.bytes);
       while (entry->second != waiting_.begin()) ++entry;

@@ -87,7 +87,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   /// softmax: undefined where no backward follows.
   static AttentionCall run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                            const c10::intrusive_ptr<AttentionOptions>& options, const at::Tensor& softmax) {
-    AttentionCall call{with_whole_rows(q), with_whole_rows(k), with_whole_rows(v), empty_heads(q), softmax, options};
+    AttentionCall call{q, k, v, empty_heads(q), softmax, options};
     call.forward();
     return call;
   }
@@ -114,9 +114,10 @@ inline bool attention_applies(const at::Tensor& q, const at::Tensor& k, const at
 /// Attention by our kernel, of what it takes.
 inline at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          const c10::intrusive_ptr<AttentionOptions>& options) {
+  const auto query = with_whole_rows(q), key = with_whole_rows(k), value = with_whole_rows(v);
   const bool records = at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
-  return records ? AttentionFunction::apply(q, k, v, options)
-                 : AttentionFunction::run(q, k, v, options, /*softmax=*/{}).out;
+  return records ? AttentionFunction::apply(query, key, value, options)
+                 : AttentionFunction::run(query, key, value, options, /*softmax=*/{}).out;
 }
 
 inline double scale_of_scores(const at::Tensor& q, std::optional<double> scale) {

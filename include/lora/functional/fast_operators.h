@@ -54,8 +54,6 @@ class FastOperatorsRegistrar {
   std::unique_ptr<torch::Library> kernels_;
 };
 
-inline const FastOperatorsRegistrar fast_operators_registrar;
-
 }  // namespace detail
 
 /// While it lives, LibTorch's GELU and scaled dot product attention are run on its thread as lora::gelu and
@@ -75,6 +73,8 @@ class FastOperators {
 
  private:
   static c10::DispatchKey owned_key() {
+    // Here and not at the start of the process: a source file that makes no guard compiles no kernel.
+    static const detail::FastOperatorsRegistrar registrar;
     detail::check_key_owner("lora::FastOperators", detail::kFastOperatorsKey, "lora::_fast_operators_abi");
     return detail::kFastOperatorsKey;
   }

@@ -41,6 +41,13 @@ class RunState {
     }
   }
 
+  /// Forgets the generators that are as they were: nothing was drawn, and what others draw meanwhile is left alone.
+  void forget_unused_generators() {
+    for (size_t i = 0; i < devices_.size(); ++i) {
+      if (random_[i].equal(random_state(devices_[i]))) random_[i] = at::Tensor();
+    }
+  }
+
   class Restored;
 
  private:
@@ -51,7 +58,7 @@ class RunState {
 
   void set() const {
     for (size_t i = 0; i < devices_.size(); ++i) {
-      set_random_state(devices_[i], random_[i]);
+      if (random_[i].defined()) set_random_state(devices_[i], random_[i]);
       if (dtypes_[i] != at::ScalarType::Undefined) {
         at::autocast::set_autocast_dtype(devices_[i].type(), dtypes_[i]);
       }
@@ -67,13 +74,18 @@ class RunState {
 /// The state while it lives; then that of before again.
 class RunState::Restored {
  public:
-  explicit Restored(const RunState& state) : before_(state.devices_), keys_(state.keys_) { state.set(); }
+  explicit Restored(const RunState& state) : before_(state.devices_), keys_(state.keys_) {
+    for (size_t i = 0; i < state.random_.size(); ++i) {
+      if (!state.random_[i].defined()) before_.random_[i] = at::Tensor();
+    }
+    state.set();
+  }
   ~Restored() { before_.set(); }
   Restored(const Restored&) = delete;
   Restored& operator=(const Restored&) = delete;
 
  private:
-  const RunState before_;
+  RunState before_;
   const c10::impl::ForceDispatchKeyGuard keys_;
 };
 
@@ -129,32 +141,26 @@ class RecomputeBackward : public torch::autograd::Node {
   using Edges = torch::autograd::edge_list;
 
   /// `edges`: of the inputs, undefined for those that need no gradient, then `sources`.
-  RecomputeBackward(TensorsFunction fn, const Tensors& inputs, RunState state, std::vector<bool> used, Edges sources,
-                    std::vector<bool> differentiable_outputs, Edges&& edges)
+  RecomputeBackward(TensorsFunction fn, std::vector<torch::autograd::SavedVariable> inputs, RunState state,
+                    std::vector<bool> used, Edges sources, std::vector<bool> differentiable_outputs, Edges&& edges)
       : torch::autograd::Node(std::move(edges)),
         fn_(std::move(fn)),
+        inputs_(std::move(inputs)),
         state_(std::move(state)),
         used_(std::move(used)),
         sources_(std::move(sources)),
-        differentiable_outputs_(std::move(differentiable_outputs)) {
-    for (const auto& input : inputs) inputs_.emplace_back(input, /*is_output=*/false);
-  }
+        differentiable_outputs_(std::move(differentiable_outputs)) {}
 
   std::string name() const override { return "lora::RecomputeBackward"; }
 
   Tensors apply(Tensors&& incoming) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    TORCH_CHECK(
-        fn_,
-        "[lora::recompute] found a second backward through the same outputs, expected one; pass retain_graph to "
-        "the first");
     Tensors result(used_.size() + sources_.size());
     if (std::none_of(incoming.begin(), incoming.end(), [](const auto& gradient) { return gradient.defined(); })) {
       return result;
     }
     {
       const at::AutoGradMode grad_mode(true);
-      const RecomputeRun run = run_again();
+      const RecomputeRun run = run_again(saved());
       auto outputs = run.differentiable_outputs();
       check_outputs(run);
       for (size_t i = 0; i < outputs.size(); ++i) {
@@ -182,11 +188,21 @@ class RecomputeBackward : public torch::autograd::Node {
   }
 
  private:
-  RecomputeRun run_again() {
-    const RunState::Restored restored(state_);
+  /// The function and its inputs; another backward may free them at the same time.
+  std::pair<TensorsFunction, Tensors> saved() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(
+        fn_,
+        "[lora::recompute] found a second backward through the same outputs, expected one; pass retain_graph to "
+        "the first");
     Tensors inputs;
     for (auto& input : inputs_) inputs.push_back(input.unpack());
-    return RecomputeRun(fn_, inputs, used_);
+    return {fn_, std::move(inputs)};
+  }
+
+  RecomputeRun run_again(const std::pair<TensorsFunction, Tensors>& saved) const {
+    const RunState::Restored restored(state_);
+    return RecomputeRun(saved.first, saved.second, used_);
   }
 
   void check_outputs(const RecomputeRun& run) const {
@@ -213,12 +229,15 @@ class RecomputeBackward : public torch::autograd::Node {
 /// backward comes to it (Chen et al. 2016, "Training deep nets with sublinear memory cost", arXiv 1604.06174).
 ///
 /// fn: takes and returns tensors of any shapes; it may use others and modules, whose parameters get their gradients and
-/// hooks as without it. It is run again as it was the first time: with the state of the random generators (the CPU's
-/// and those of the inputs' devices), autocast and guards of that time. Nests. Can be differentiated once. Without grad
-/// mode, or where nothing needs a gradient, it is fn(inputs) alone.
+/// hooks as without it. It is kept and called again, when the caller's frame may be gone: let it capture by value what
+/// it needs. It is run again under the autocast and FastOperators of its first run and, where it drew random numbers,
+/// from the state that the generators had then (the CPU's and those of the inputs' devices); draws of other threads
+/// meanwhile are taken back with it. Active adapters, DisableAdapters and training modes have to be as they were.
+/// Nests. Can be differentiated once. Without grad mode, or where nothing needs a gradient, it is fn(inputs) alone.
 ///
-/// The backward throws a StateError where the second run starts from other tensors that need a gradient, as after a
-/// change of the active adapters, and LibTorch's error where an input has been written to.
+/// The backward throws a StateError where the second run starts from other tensors that need a gradient or has other
+/// outputs that do, as after a change of the active adapters that are trained, and LibTorch's error where an input has
+/// been written to, by fn or later.
 inline std::vector<at::Tensor> recompute(
     const std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>& fn,
     const std::vector<at::Tensor>& inputs) {
@@ -230,6 +249,9 @@ inline std::vector<at::Tensor> recompute(
     differentiable.push_back(input.defined() && input.requires_grad());
     if (input.defined()) defined.push_back(input);
   }
+  // Before the run: what the function writes to its inputs is noticed by their versions.
+  std::vector<torch::autograd::SavedVariable> saved;
+  for (const auto& input : inputs) saved.emplace_back(input, /*is_output=*/false);
   detail::RunState state(detail::random_devices(defined));
   std::vector<at::Tensor> outputs;
   std::vector<bool> differentiable_outputs, used;
@@ -237,6 +259,7 @@ inline std::vector<at::Tensor> recompute(
   {
     const detail::RecomputeRun run(fn, inputs, differentiable);
     std::tie(sources, used) = run.sources();
+    state.forget_unused_generators();
     for (const auto& output : run.outputs) {
       differentiable_outputs.push_back(run.section.computed(output));
       outputs.push_back(differentiable_outputs.back() ? output.detach() : output);
@@ -249,8 +272,9 @@ inline std::vector<at::Tensor> recompute(
     edges.push_back(used[i] ? torch::autograd::impl::gradient_edge(inputs[i]) : torch::autograd::Edge());
   }
   edges.insert(edges.end(), sources.begin(), sources.end());
-  const auto node = detail::make_node<detail::RecomputeBackward>(
-      fn, inputs, std::move(state), std::move(used), std::move(sources), differentiable_outputs, std::move(edges));
+  const auto node =
+      detail::make_node<detail::RecomputeBackward>(fn, std::move(saved), std::move(state), std::move(used),
+                                                   std::move(sources), differentiable_outputs, std::move(edges));
   for (size_t i = 0; i < outputs.size(); ++i) {
     if (differentiable_outputs[i]) torch::autograd::create_gradient_edge(outputs[i], node);
   }
@@ -259,7 +283,7 @@ inline std::vector<at::Tensor> recompute(
 
 /// The same for a function of one tensor.
 ///
-///     x = lora::recompute([&](const torch::Tensor& x) { return block->forward(x); }, x);
+///     x = lora::recompute([block](const torch::Tensor& x) mutable { return block->forward(x); }, x);
 inline at::Tensor recompute(const std::function<at::Tensor(const at::Tensor&)>& fn, const at::Tensor& input) {
   TORCH_CHECK_VALUE(fn, "[lora::recompute] found an empty function, expected one to run");
   return recompute([fn](const std::vector<at::Tensor>& inputs) { return std::vector<at::Tensor>{fn(inputs[0])}; },

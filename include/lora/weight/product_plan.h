@@ -52,7 +52,7 @@ struct ProductShape {
 ///
 /// LibTorch has two on the CPU, its own (ATen's, in fp32 MKL's, which is slow on some processors) and oneDNN's, which
 /// ATen does not use in fp32. The choice depends on nothing but the shape, the dtype, the number of threads and the
-/// processor, so that it can be kept: with the same choices a run repeats bit for bit. Products below 2^20
+/// processor, so that it can be kept: with the same choices a run repeats bit for bit. Products below 2^22
 /// multiplications, fp64 and other devices are ATen's. Safe for several threads.
 class ProductPlan {
  public:
@@ -120,8 +120,9 @@ class ProductPlan {
   }
 
  private:
-  // Below, a call costs as much as its arithmetic, ATen's least (measured: the two meet at 64·64·64 to 128·128·128).
-  static constexpr int64_t kSmallest = int64_t{1} << 20;
+  // Below, a call costs as much as its arithmetic, ATen's least (measured: the two meet at 64·64·64 to 128·128·128),
+  // and what is measured near there differs from one run to the next.
+  static constexpr int64_t kSmallest = int64_t{1} << 22;
   static constexpr int64_t kMostRows = 64;
   // How much faster oneDNN's has to be: what differs by less may be measured the other way round the next time.
   static constexpr double kAdvantage = 1.2;
