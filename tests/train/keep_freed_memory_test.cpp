@@ -65,7 +65,7 @@ TEST(TensorMemory, GivesBlocksOfAnySizeThatDoNotOverlap) {
   auto& memory = TensorMemory::instance();
   std::vector<std::pair<c10::DataPtr, std::size_t>> blocks;
   for (int round = 0; round < 3; ++round) {
-    for (const std::size_t size : {0, 1, 100, 65535, 65536, 65537, 2097152, 2097153, 5000000}) {
+    for (const std::size_t size : std::vector<std::size_t>{0, 1, 100, 65535, 65536, 65537, 2097152, 2097153, 5000000}) {
       blocks.emplace_back(memory.allocate(size), size);
       const auto address = reinterpret_cast<std::uintptr_t>(blocks.back().first.get());
       EXPECT_EQ(address % (size >= 2 * kMega ? 2 * kMega : 64), 0U) << "huge pages begin there";
@@ -83,7 +83,8 @@ TEST(TensorMemory, GivesBlocksOfAnySizeThatDoNotOverlap) {
 
 TEST(TensorMemory, HasLibTorchsRawInterface) {
   auto& memory = TensorMemory::instance();
-  for (const std::size_t size : {100, 1000000}) memory.raw_deallocate(memory.raw_allocate(size));
+  for (const std::size_t size : std::vector<std::size_t>{100, 1000000})
+    memory.raw_deallocate(memory.raw_allocate(size));
 }
 
 TEST(TensorMemory, IsUsedByManyThreads) {
