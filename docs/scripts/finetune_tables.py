@@ -6,9 +6,9 @@ From the project's root: python3 docs/scripts/finetune_tables.py [--check]
 
 import json
 import pathlib
-import re
 import statistics
-import sys
+
+from tables import write
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent
 PAGE = DOCS / "finetune_gpt2.md"
@@ -89,14 +89,7 @@ def main():
     tables = {"comparison": comparison(compare), "grid": grid(compare),
               "e2e": e2e({"query and value, r = 8, 600 steps": read("finetune_e2e.json"),
                           "all-linear, r = 16, 1500 steps": read("finetune_e2e_all_linear.json")})}
-    before = page = PAGE.read_text(encoding="utf-8")
-    for name, rows in tables.items():
-        pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.S)
-        assert pattern.search(page), f"{PAGE} has no place for the table {name}"
-        page = pattern.sub(lambda match: match[1] + "\n".join(rows) + "\n" + match[2], page)
-    if "--check" in sys.argv:
-        sys.exit(f"{PAGE} is not what its figures give; run {sys.argv[0]}" if page != before else 0)
-    PAGE.write_text(page, encoding="utf-8")
+    write(PAGE, tables)
 
 
 if __name__ == "__main__":

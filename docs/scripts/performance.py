@@ -14,6 +14,8 @@ import pathlib
 import re
 import sys
 
+from tables import write
+
 DOCS = pathlib.Path(__file__).resolve().parent.parent
 PAGE = DOCS / "performance.md"
 FIGURES = DOCS / "figures"
@@ -92,14 +94,7 @@ def main():
     tables = {"rows": compare_run().markdown(report).rstrip("\n").splitlines(),
               "profile": profile_table(report["profile"])}
     tables |= {key: growth_table(report["growth"], key) for key in ("rank", "tokens", "layers")}
-    before = page = PAGE.read_text(encoding="utf-8")
-    for name, rows in tables.items():
-        pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.S)
-        assert pattern.search(page), f"{PAGE} has no place for the table {name}"
-        page = pattern.sub(lambda match: match[1] + "\n".join(rows) + "\n" + match[2], page)
-    if "--check" in sys.argv:
-        sys.exit(f"{PAGE} is not what its figures give; run {sys.argv[0]}" if page != before else 0)
-    PAGE.write_text(page, encoding="utf-8")
+    write(PAGE, tables)
     draw_growth(report["growth"])
 
 
