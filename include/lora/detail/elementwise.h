@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 LORA_NAMESPACE_BEGIN
 namespace detail {
@@ -24,29 +23,19 @@ struct Elementwise {
     template <class T, class... Inputs>
     LORA_ALWAYS_INLINE static void run(int64_t count, T* result, const Inputs*... inputs) {
       const auto whole = count - count % width;
-      for (int64_t i = 0; i < whole; i += width) vector(result + i, inputs + i...);
-      if (whole == count) return;
-      T last[width] = {};
-      vector(last, Padded<T>(inputs + whole, count - whole).elements...);
-      std::memcpy(result + whole, last, static_cast<size_t>(count - whole) * sizeof(T));
-    }
-
-   private:
-    template <class T>
-    struct Padded {
-      LORA_ALWAYS_INLINE Padded(const T* from, int64_t count) {
-        std::memcpy(elements, from, static_cast<size_t>(count) * sizeof(T));
+      for (int64_t i = 0; i < whole; i += width) {
+        Floats x[sizeof...(Inputs)], y;
+        size_t k = 0;
+        (load(inputs + i, x[k++]), ...);
+        Function<width>::run(x, y);
+        store(y, result + i);
       }
-      T elements[width] = {};
-    };
-
-    template <class T, class... Inputs>
-    LORA_ALWAYS_INLINE static void vector(T* result, const Inputs*... inputs) {
+      if (whole == count) return;
       Floats x[sizeof...(Inputs)], y;
       size_t k = 0;
-      (load(inputs, x[k++]), ...);
+      (load_first(inputs + whole, count - whole, T(0), x[k++]), ...);
       Function<width>::run(x, y);
-      store(y, result);
+      store_first(y, count - whole, result + whole);
     }
   };
 };

@@ -9,22 +9,30 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
-/// Whether none of `count` numbers is NaN or infinite, told by the bits: -ffast-math lets the compiler assume so.
-template <class Bits, class T>
-bool all_finite(const T* values, int64_t count) {
-  Bits exponent;
+/// A whole number of T's size.
+template <class T>
+using BitsOf = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+
+/// Whether a number is neither NaN nor infinite, told by the bits: -ffast-math lets the compiler assume so.
+template <class T>
+bool is_finite(T value) {
+  BitsOf<T> bits, exponent;
   const T infinity = std::numeric_limits<T>::infinity();
+  std::memcpy(&bits, &value, sizeof bits);
   std::memcpy(&exponent, &infinity, sizeof exponent);
-  Bits found = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    Bits bits;
-    std::memcpy(&bits, values + i, sizeof bits);
-    found |= static_cast<Bits>((bits & exponent) == exponent);
-  }
+  return (bits & exponent) != exponent;
+}
+
+/// Whether all of `count` numbers are.
+template <class T>
+bool all_finite(const T* values, int64_t count) {
+  BitsOf<T> found = 0;
+  for (int64_t i = 0; i < count; ++i) found |= static_cast<BitsOf<T>>(!is_finite(values[i]));
   return found == 0;
 }
 
@@ -35,13 +43,13 @@ inline bool all_finite(const at::Tensor& tensor) {
     const auto count = tensor.numel();
     switch (tensor.scalar_type()) {
       case at::kDouble:
-        return all_finite<uint64_t>(tensor.const_data_ptr<double>(), count);
+        return all_finite(tensor.const_data_ptr<double>(), count);
       case at::kFloat:
-        return all_finite<uint32_t>(tensor.const_data_ptr<float>(), count);
+        return all_finite(tensor.const_data_ptr<float>(), count);
       case at::kHalf:
-        return all_finite<uint16_t>(tensor.const_data_ptr<c10::Half>(), count);
+        return all_finite(tensor.const_data_ptr<c10::Half>(), count);
       case at::kBFloat16:
-        return all_finite<uint16_t>(tensor.const_data_ptr<c10::BFloat16>(), count);
+        return all_finite(tensor.const_data_ptr<c10::BFloat16>(), count);
       default:
         break;
     }

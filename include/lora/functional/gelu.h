@@ -54,20 +54,14 @@ struct GeluTanhBackward {
   }
 };
 
-/// Calls run(result, inputs…) with pointers to the elements of tensors of one dtype, one of float32, bfloat16 and half.
+/// map_elements for plain tensors of one dtype.
 template <template <int64_t> class Function, class... Tensors>
 void map_tensors(const at::Tensor& result, const Tensors&... inputs) {
-  switch (result.scalar_type()) {
-    case at::kFloat:
-      return map_elements<Function>(result.numel(), result.template mutable_data_ptr<float>(),
-                                    inputs.template const_data_ptr<float>()...);
-    case at::kBFloat16:
-      return map_elements<Function>(result.numel(), result.template mutable_data_ptr<c10::BFloat16>(),
-                                    inputs.template const_data_ptr<c10::BFloat16>()...);
-    default:
-      return map_elements<Function>(result.numel(), result.template mutable_data_ptr<c10::Half>(),
-                                    inputs.template const_data_ptr<c10::Half>()...);
-  }
+  visit_plain_dtype(result.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    map_elements<Function>(result.numel(), result.template mutable_data_ptr<T>(),
+                           inputs.template const_data_ptr<T>()...);
+  });
 }
 
 /// The tensor itself or a copy of it whose memory holds its elements, each once, and nothing else.

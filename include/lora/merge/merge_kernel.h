@@ -2,6 +2,7 @@
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <lora/detail/finite.h>
 #include <lora/detail/lanes.h>
 #include <lora/detail/register_vectors.h>
 #include <lora/version.h>
@@ -44,16 +45,6 @@ struct MergeTile {
   int64_t count;
   int64_t first, last, left, right;
 };
-
-template <class T>
-inline bool is_finite_bits(T value) {
-  // By the bits: -ffast-math lets the compiler assume that every number is finite.
-  std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>> bits, exponent;
-  const T infinity = std::numeric_limits<T>::infinity();
-  std::memcpy(&bits, &value, sizeof bits);
-  std::memcpy(&exponent, &infinity, sizeof exponent);
-  return (bits & exponent) != exponent;
-}
 
 /// The magnitude, as bits, from which a sum becomes infinite when it is rounded to T.
 template <class T>
@@ -253,7 +244,7 @@ struct MergeTileKernel {
     int64_t count = 0;
     for (int64_t row = tile.first; row < tile.last; ++row) {
       for (int64_t column = tile.left; column < tile.right; ++column) {
-        if (!is_finite_bits(tile.merged[row * tile.columns + column])) ++count;
+        if (!is_finite(tile.merged[row * tile.columns + column])) ++count;
       }
     }
     return count;
