@@ -71,11 +71,14 @@ struct GPT2AttentionImpl : torch::nn::Module {
   /// x: [tokens, n_embd] to the same shape, sequences of the given lengths one after the other, each by itself.
   torch::Tensor forward_packed(const torch::Tensor& x, torch::IntArrayRef lengths) {
     const auto tokens = x.size(0), width = x.size(1);
-    const auto parts = c_attn(x).view({tokens, 3, heads_, width / heads_}).permute({1, 2, 0, 3});
+    std::vector<std::vector<torch::Tensor>> parts;  // query, key and value of each sequence, [heads, length, size]
+    for (const auto& part : c_attn(x).split(width, /*dim=*/1)) {
+      parts.push_back(part.view({tokens, heads_, width / heads_}).transpose(0, 1).split_with_sizes(lengths, /*dim=*/1));
+    }
     std::vector<torch::Tensor> mixed;
-    for (const auto& sequence : parts.split_with_sizes(lengths, /*dim=*/2)) {
-      const auto attended = at::scaled_dot_product_attention(sequence[0].unsqueeze(0), sequence[1].unsqueeze(0),
-                                                             sequence[2].unsqueeze(0), {}, 0.0, /*is_causal=*/true);
+    for (std::size_t i = 0; i < lengths.size(); ++i) {
+      const auto attended = at::scaled_dot_product_attention(parts[0][i].unsqueeze(0), parts[1][i].unsqueeze(0),
+                                                             parts[2][i].unsqueeze(0), {}, 0.0, /*is_causal=*/true);
       mixed.push_back(attended.squeeze(0).transpose(0, 1));
     }
     return c_proj(torch::cat(mixed).reshape({tokens, width}));

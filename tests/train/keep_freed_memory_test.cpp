@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <fstream>
+#include <optional>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -51,6 +53,8 @@ TEST(TensorMemory, TakesPagesFromTheSystemOnce) {
   EXPECT_LT(faults_of(24 * kMega), 16);
   EXPECT_LT(faults_of(23 * kMega), 16) << "at most an eighth is left unused";
   EXPECT_GE(faults_of(11 * kMega), 5) << "not into a block of twice the size";
+  faults_of(33 * kMega);
+  EXPECT_LT(faults_of(35 * kMega), 16) << "a block has one of eight sizes between two powers of two";
 }
 
 TEST(TensorMemory, HoldsLittleMoreThanItsTensorsTookAtTheirMost) {
@@ -97,6 +101,28 @@ TEST(TensorMemory, IsUsedByManyThreads) {
   }
   for (auto& thread : threads) thread.join();
   kept.clear();  // blocks of other threads
+}
+
+/// What the system may take of this process, in bytes; nothing where it does not say.
+std::optional<std::size_t> lazily_freed_bytes() {
+  std::ifstream file("/proc/self/smaps_rollup");
+  for (std::string word; file >> word;) {
+    std::size_t kilobytes = 0;
+    if (word == "LazyFree:" && file >> kilobytes) return kilobytes * 1024;
+  }
+  return {};
+}
+
+TEST(TensorMemory, LetsTheSystemTakeWhatWaitsBeyond256MiB) {
+  if (!lazily_freed_bytes()) GTEST_SKIP() << "the system does not say what it may take";
+  auto& memory = TensorMemory::instance();
+  auto first = memory.allocate(200 * kMega), second = written(104 * kMega), third = written(40 * kMega);
+  const auto before = *lazily_freed_bytes();
+  third.clear();
+  EXPECT_EQ(*lazily_freed_bytes(), before) << "a free without a call of the system";
+  first.clear();
+  second.clear();
+  EXPECT_GE(*lazily_freed_bytes(), before + 104 * kMega);
 }
 
 /// LibTorch's allocator of before again at the end.

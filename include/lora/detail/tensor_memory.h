@@ -55,8 +55,8 @@ inline void let_system_take(void* data, size_t bytes) {
 /// glibc cuts blocks to size and cannot put them together again around what lives longer: a training step ends with
 /// tens of megabytes that no tensor fits into. Here a block is given out whole, and at most an eighth larger than asked
 /// for. It never holds more than a sixty-fourth beyond what the blocks of its tensors took at their most: what would
-/// exceed it is given back to the system, first what has waited longest; and a system that lacks memory takes what
-/// waits.
+/// exceed it is given back to the system, first what has waited longest; and what waits beyond 256 MiB, a system that
+/// lacks memory takes.
 class TensorMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
@@ -84,6 +84,7 @@ class TensorMemory final : public c10::Allocator {
 
  private:
   static constexpr size_t kSmallest = 64 << 10;
+  static constexpr size_t kUnmarked = 256 << 20;  // waits without a call of the system, so that an unmerge is a swap
 
   struct Block {
     void* data;
@@ -92,11 +93,20 @@ class TensorMemory final : public c10::Allocator {
 
   static void free(void* data) { instance().give(data); }
 
+  /// The size of a block for so many bytes, one of eight between two powers of two: the tensors of steps that differ a
+  /// little fit into each other's blocks, and what a tensor does not reach takes no memory.
+  static size_t block_size(size_t bytes) {
+    static const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+    size_t power = kSmallest;
+    while (2 * power < bytes) power *= 2;
+    const auto step = std::max(page, power / 8);
+    return (bytes + step - 1) / step * step;
+  }
+
   static bool fits(size_t block, size_t bytes) { return block <= bytes + bytes / 8; }
 
   void* take(size_t asked) {
-    static const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
-    const auto bytes = (asked + page - 1) / page * page;
+    const auto bytes = block_size(asked);
     const std::lock_guard<std::mutex> lock(mutex_);
     void* data = nullptr;
     auto size = bytes;
@@ -133,7 +143,7 @@ class TensorMemory final : public c10::Allocator {
         waiting_by_size_.emplace(found->second, std::prev(waiting_.end()));
         waiting_bytes_ += found->second;
         given_bytes_ -= found->second;
-        let_system_take(data, found->second);
+        if (waiting_bytes_ > kUnmarked) let_system_take(data, found->second);
         given_.erase(found);
         return;
       }
