@@ -9,10 +9,9 @@
 #include <iostream>
 #include <map>
 #include <string>
-#include <tuple>
 
 #include "adapter_cases.h"   // defines: merge, merge_square, load, merged_forward, carrier
-#include "measure.h"         // defines: seconds_of
+#include "limits.h"          // defines: limits, products
 #include "setup.h"           // defines: Arguments, Json, load_adapted
 #include "training_cases.h"  // defines: train, profile, e2e, growth
 
@@ -27,46 +26,13 @@ Json start(const Arguments& arguments) {
   return {{"clock", std::chrono::duration<double>(now).count()}};
 }
 
-/// The best rate of any product here, and that of a copy into memory that is there.
-Json limits(const Arguments& arguments) {
-  const at::NoGradGuard no_grad;
-  double best = 0;
-  for (const auto& [rows, in, out] :
-       {std::tuple{512, 768, 3072}, std::tuple{512, 3072, 768}, std::tuple{512, 768, 768}}) {
-    const auto x = at::randn({rows, in}).to(arguments.scalar_type());
-    const auto W = at::randn({in, out}).to(arguments.scalar_type());
-    for (const auto kernel : {lora::ProductKernel::kAten, lora::ProductKernel::kOneDnn}) {
-      for (const auto& V : {W, W.t().contiguous().t()}) {
-        for (int repeat = 0; repeat < 20; ++repeat) {
-          const auto seconds = seconds_of([&] { lora::detail::multiply(kernel, x, V); });
-          best = std::max(best, 2.0 * rows * in * out / seconds);
-        }
-      }
-    }
-  }
-  const auto from = at::randn({32, 1024, 1024}), to = at::empty_like(from);
-  double copy = 0;
-  for (int repeat = 0; repeat < 10; ++repeat) {
-    const auto seconds = seconds_of([&] { to.copy_(from); });
-    copy = std::max(copy, 2.0 * static_cast<double>(from.nbytes()) / seconds);
-  }
-  return {{"flops_per_second", best}, {"copy_bytes_per_second", copy}, {"processor", lora::ProductPlan::processor()}};
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::map<std::string, Json (*)(const Arguments&)> cases{{"train", train},
-                                                                {"profile", profile},
-                                                                {"e2e", e2e},
-                                                                {"growth", growth},
-                                                                {"merge", merge},
-                                                                {"load", load},
-                                                                {"carrier", carrier},
-                                                                {"merge_square", merge_square},
-                                                                {"start", start},
-                                                                {"limits", limits},
-                                                                {"merged_forward", merged_forward}};
+  const std::map<std::string, Json (*)(const Arguments&)> cases{
+      {"train", train}, {"profile", profile}, {"e2e", e2e},           {"growth", growth},
+      {"merge", merge}, {"load", load},       {"carrier", carrier},   {"merge_square", merge_square},
+      {"start", start}, {"limits", limits},   {"products", products}, {"merged_forward", merged_forward}};
   Arguments arguments;
   std::string name;
   CLI::App app("One case of the comparison with Python PEFT.");

@@ -78,11 +78,12 @@ def draw_growth(growth):
         for side, color, name in (("peer", "#c44e52", "PEFT"), ("ours", "#4c72b0", "lora")):
             sizes, seconds = zip(*growth[side][key])
             axis.plot(sizes, seconds, "o-", color=color, label=name)
-        axis.set(xlabel=label, xscale="log", yscale="log" if key != "rank" else "linear")
+        logarithmic = key == "tokens"
+        axis.set(xlabel=label, xscale="linear" if key == "layers" else "log", yscale="log" if logarithmic else "linear")
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
         axis.grid(True, which="major", alpha=0.3)
-        if key == "rank":
+        if not logarithmic:
             axis.set_ylim(bottom=0)
     axes[0].set_ylabel("seconds a training step")
     axes[0].legend()
