@@ -43,6 +43,7 @@ int main(int argc, char** argv) {
   app.add_option("--steps", arguments.steps);
   app.add_flag("--full-logits", arguments.full_logits, "The model's logits and LibTorch's loss");
   app.add_flag("--plain", arguments.plain, "Without lora::FastOperators and lora::keep_freed_memory");
+  app.add_flag("--lines-apart", arguments.lines_apart, "Compute a prompt again for each line of E2E that has it");
   app.add_flag("--recompute", arguments.recompute, "Recompute the blocks' activations");
   CLI11_PARSE(app, argc, argv);
   try {

@@ -25,6 +25,7 @@ struct Arguments {
   bool full_logits = false;  // the model's own logits and LibTorch's loss
   bool plain = false;        // without FastOperators and keep_freed_memory
   bool recompute = false;
+  bool lines_apart = false;  // lines of E2E with the same prompt do not share it
 
   std::string path(const std::string& name) const { return (std::filesystem::path(inputs) / name).string(); }
   at::ScalarType scalar_type() const { return dtype == "bfloat16" ? at::kBFloat16 : at::kFloat; }

@@ -95,45 +95,59 @@ inline Json profile(const Arguments& arguments) {
   return {{"seconds", seconds}};
 }
 
-/// Sequences of one step, one after the other, with the label of each token.
-struct Packed {
-  at::Tensor ids;     // [tokens]
+/// The lines of one step with the label of each token.
+struct PackedLines {
+  GPT2Packed packed;
   at::Tensor labels;  // [tokens]
-  std::vector<std::int64_t> lengths;
 };
 
-inline Packed pack(const Json& lines, std::size_t begin, std::size_t end) {
+/// Lines one after the other, those with the same prompt behind one copy of it, or each by itself. The prompt's last
+/// token, which predicts the text's first, is the text's own.
+inline PackedLines pack(const Json& lines, std::size_t begin, std::size_t end, bool share_prompts) {
   std::vector<std::int64_t> ids, labels;
-  Packed packed;
+  PackedLines result;
+  auto& packed = result.packed;
+  const auto add_piece = [&](const std::vector<std::int64_t>& tokens) {
+    ids.insert(ids.end(), tokens.begin(), tokens.end());
+    packed.lengths.push_back(static_cast<std::int64_t>(tokens.size()));
+    return packed.lengths.size() - 1;
+  };
+  std::map<std::vector<std::int64_t>, std::size_t> prompts;
   for (auto row = begin; row < end; ++row) {
-    const auto prompt = lines[row].at("prompt").get<std::vector<std::int64_t>>();
-    const auto text = lines[row].at("text").get<std::vector<std::int64_t>>();
-    ids.insert(ids.end(), prompt.begin(), prompt.end());
-    ids.insert(ids.end(), text.begin(), text.end());
-    labels.insert(labels.end(), prompt.size() - 1, -100);
+    auto prompt = lines[row].at("prompt").get<std::vector<std::int64_t>>();
+    auto text = lines[row].at("text").get<std::vector<std::int64_t>>();
+    const auto last = prompt.back();
+    prompt.pop_back();
+    if (!share_prompts) prompts.clear();
+    const auto [shared, is_new] = prompts.emplace(prompt, 0);
+    if (is_new) {
+      shared->second = add_piece(prompt);
+      labels.resize(ids.size(), -100);
+    }
     labels.insert(labels.end(), text.begin(), text.end());
     labels.push_back(-100);  // the last token has no successor
-    packed.lengths.push_back(static_cast<std::int64_t>(prompt.size() + text.size()));
+    text.insert(text.begin(), last);
+    packed.sequences.push_back({shared->second, add_piece(text)});
   }
   packed.ids = at::tensor(ids, at::kLong);
-  packed.labels = at::tensor(labels, at::kLong);
-  return packed;
+  result.labels = at::tensor(labels, at::kLong);
+  return result;
 }
 
 inline Json e2e(const Arguments& arguments) {
   constexpr std::size_t kBatch = 8;
   const auto lines = read_json(arguments.path("e2e.json"));
-  std::vector<Packed> batches;
-  std::int64_t tokens = 0;
+  std::vector<PackedLines> batches;
+  std::size_t tokens = 0;
   for (std::size_t begin = 0; begin < lines.size(); begin += kBatch) {
-    batches.push_back(pack(lines, begin, std::min(lines.size(), begin + kBatch)));
-    tokens += batches.back().ids.numel();
+    batches.push_back(pack(lines, begin, std::min(lines.size(), begin + kBatch), !arguments.lines_apart));
   }
+  for (const auto& line : lines) tokens += line.at("prompt").size() + line.at("text").size();
   auto adapted = load_adapted(arguments);
   auto result = Trainer(arguments, adapted).run(static_cast<int>(batches.size()), [&](int step) {
-    const auto& batch = batches[static_cast<std::size_t>(step)];
-    const auto hidden = adapted.model->transformer->forward_packed(batch.ids, batch.lengths);
-    return lora::linear_cross_entropy(hidden, adapted.model->lm_head->weight, batch.labels);
+    const auto& [packed, labels] = batches[static_cast<std::size_t>(step)];
+    const auto hidden = adapted.model->transformer->forward_packed(packed);
+    return lora::linear_cross_entropy(hidden, adapted.model->lm_head->weight, labels);
   });
   result["tokens"] = tokens;
   return result;

@@ -39,6 +39,15 @@ struct GPT2Cache {
   std::int64_t length() const { return layers.empty() ? 0 : layers.front().first.size(2); }
 };
 
+/// Sequences without padding, made of pieces that lie one after the other. Sequences that begin alike, as several
+/// answers to a prompt, share these pieces, which are computed once.
+struct GPT2Packed {
+  torch::Tensor ids;  // [tokens], those of all pieces
+  std::vector<std::int64_t> lengths;
+  /// The pieces of each sequence in their order. One that is shared has the same pieces before it everywhere.
+  std::vector<std::vector<std::size_t>> sequences;
+};
+
 struct GPT2AttentionImpl : torch::nn::Module {
   explicit GPT2AttentionImpl(const GPT2Config& config)
       : c_attn(register_module("c_attn", torch::nn::Linear(config.n_embd, 3 * config.n_embd))),
@@ -68,18 +77,25 @@ struct GPT2AttentionImpl : torch::nn::Module {
     return c_proj(mixed.transpose(1, 2).reshape({batch, length, width}));
   }
 
-  /// x: [tokens, n_embd] to the same shape, sequences of the given lengths one after the other, each by itself.
-  torch::Tensor forward_packed(const torch::Tensor& x, torch::IntArrayRef lengths) {
+  /// x: [tokens, n_embd] to the same shape.
+  torch::Tensor forward_packed(const torch::Tensor& x, const GPT2Packed& packed) {
     const auto tokens = x.size(0), width = x.size(1);
-    std::vector<std::vector<torch::Tensor>> parts;  // query, key and value of each sequence, [heads, length, size]
+    std::vector<std::vector<torch::Tensor>> pieces;  // of query, key and value: [heads, length, head size] each
     for (const auto& part : c_attn(x).split(width, /*dim=*/1)) {
-      parts.push_back(part.view({tokens, heads_, width / heads_}).transpose(0, 1).split_with_sizes(lengths, /*dim=*/1));
+      const auto heads = part.view({tokens, heads_, width / heads_}).transpose(0, 1);
+      pieces.push_back(heads.split_with_sizes(packed.lengths, /*dim=*/1));
     }
-    std::vector<torch::Tensor> mixed;
-    for (std::size_t i = 0; i < lengths.size(); ++i) {
-      const auto attended = at::scaled_dot_product_attention(parts[0][i].unsqueeze(0), parts[1][i].unsqueeze(0),
-                                                             parts[2][i].unsqueeze(0), {}, 0.0, /*is_causal=*/true);
-      mixed.push_back(attended.squeeze(0).transpose(0, 1));
+    std::vector<torch::Tensor> mixed(packed.lengths.size());
+    for (const auto& sequence : packed.sequences) {
+      std::vector<torch::Tensor> whole;
+      for (const auto& of_part : pieces) whole.push_back(join(of_part, sequence).unsqueeze(0));
+      const auto attended = at::scaled_dot_product_attention(whole[0], whole[1], whole[2], {}, 0.0, /*is_causal=*/true);
+      std::int64_t begin = 0;
+      for (const auto piece : sequence) {
+        const auto length = packed.lengths[piece];
+        if (!mixed[piece].defined()) mixed[piece] = attended.squeeze(0).narrow(1, begin, length).transpose(0, 1);
+        begin += length;
+      }
     }
     return c_proj(torch::cat(mixed).reshape({tokens, width}));
   }
@@ -87,6 +103,13 @@ struct GPT2AttentionImpl : torch::nn::Module {
   torch::nn::Linear c_attn, c_proj;
 
  private:
+  static torch::Tensor join(const std::vector<torch::Tensor>& pieces, const std::vector<std::size_t>& sequence) {
+    if (sequence.size() == 1) return pieces[sequence.front()];
+    std::vector<torch::Tensor> parts;
+    for (const auto piece : sequence) parts.push_back(pieces[piece]);
+    return torch::cat(parts, 1);
+  }
+
   std::int64_t heads_;
 };
 TORCH_MODULE(GPT2Attention);
@@ -114,8 +137,8 @@ struct GPT2BlockImpl : torch::nn::Module {
     return attended + mlp(ln_2(attended));
   }
 
-  torch::Tensor forward_packed(const torch::Tensor& x, torch::IntArrayRef lengths) {
-    const auto attended = x + attn->forward_packed(ln_1(x), lengths);
+  torch::Tensor forward_packed(const torch::Tensor& x, const GPT2Packed& packed) {
+    const auto attended = x + attn->forward_packed(ln_1(x), packed);
     return attended + mlp(ln_2(attended));
   }
 
@@ -153,18 +176,23 @@ struct GPT2ModelImpl : torch::nn::Module {
     });
   }
 
-  /// input_ids: [tokens], sequences of the given lengths one after the other, to hidden states [tokens, n_embd]: what a
-  /// padded batch gives, without the padding.
-  torch::Tensor forward_packed(const torch::Tensor& input_ids, torch::IntArrayRef lengths) {
-    std::vector<torch::Tensor> positions;
-    for (const auto length : lengths) {
-      TORCH_CHECK_VALUE(length <= wpe->options.num_embeddings(), "[GPT2] found ", length, " tokens, expected at most ",
-                        wpe->options.num_embeddings(), " (n_positions); shorten the input");
-      positions.push_back(torch::arange(length, input_ids.options()));
+  /// Hidden states [tokens, n_embd]: what a padded batch gives, without the padding and without computing twice what
+  /// sequences share.
+  torch::Tensor forward_packed(const GPT2Packed& packed) {
+    std::vector<torch::Tensor> positions(packed.lengths.size());
+    for (const auto& sequence : packed.sequences) {
+      std::int64_t begin = 0;
+      for (const auto piece : sequence) {
+        const auto end = begin + packed.lengths.at(piece);
+        TORCH_CHECK_VALUE(end <= wpe->options.num_embeddings(), "[GPT2] found ", end, " tokens, expected at most ",
+                          wpe->options.num_embeddings(), " (n_positions); shorten the input");
+        if (!positions[piece].defined()) positions[piece] = torch::arange(begin, end, packed.ids.options());
+        begin = end;
+      }
     }
-    const auto x = wte(input_ids) + wpe(torch::cat(positions));
-    return run_blocks(x, [this, own = lengths.vec()](std::size_t layer, const torch::Tensor& hidden) {
-      return block(layer).forward_packed(hidden, own);
+    const auto x = wte(packed.ids) + wpe(torch::cat(positions));
+    return run_blocks(x, [this, packed](std::size_t layer, const torch::Tensor& hidden) {
+      return block(layer).forward_packed(hidden, packed);
     });
   }
 

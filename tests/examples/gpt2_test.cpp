@@ -117,16 +117,44 @@ TEST(GPT2, IgnoresWhatStandsOnTheRight) {
 
 TEST(GPT2, ReadsPackedSequencesAsEachByItself) {
   GPT2LMHeadModel model(small_config());
-  const std::vector<int64_t> lengths{5, 1, 7};
-  const auto ids = at::randint(50, {13}, at::kLong);
-  const auto packed = model->transformer->forward_packed(ids, lengths);
-  int64_t begin = 0;
-  for (const auto length : lengths) {
-    const auto alone = model->transformer->forward(ids.narrow(0, begin, length).unsqueeze(0)).squeeze(0);
-    EXPECT_TRUE(at::allclose(packed.narrow(0, begin, length), alone, 1e-5, 1e-6));
-    begin += length;
+  const auto ids = at::randint(50, {16}, at::kLong);
+  const GPT2Packed packed{ids, {5, 1, 7, 3}, {{0}, {1}, {2}, {2, 3}}};
+  const auto pieces = model->transformer->forward_packed(packed).split_with_sizes(packed.lengths);
+  const auto tokens = ids.split_with_sizes(packed.lengths);
+  for (const auto& sequence : packed.sequences) {
+    std::vector<at::Tensor> own_tokens, own_hidden;
+    for (const auto piece : sequence) {
+      own_tokens.push_back(tokens[piece]);
+      own_hidden.push_back(pieces[piece]);
+    }
+    const auto alone = model->transformer->forward(at::cat(own_tokens).unsqueeze(0)).squeeze(0);
+    EXPECT_TRUE(at::allclose(at::cat(own_hidden), alone, 1e-5, 1e-6));
   }
-  EXPECT_THROW(model->transformer->forward_packed(at::zeros({33}, at::kLong), {33}), c10::ValueError);
+  EXPECT_THROW(model->transformer->forward_packed({at::zeros({33}, at::kLong), {30, 3}, {{0, 1}}}), c10::ValueError);
+}
+
+TEST(GPT2, SharesTheBeginningsOfSequencesWithTheSameGradients) {
+  GPT2LMHeadModel model(small_config());
+  const auto prompt = at::randint(50, {6}, at::kLong), first = at::randint(50, {4}, at::kLong),
+             second = at::randint(50, {3}, at::kLong);
+  const auto run = [&](const GPT2Packed& packed, at::IntArrayRef answers) {
+    model->zero_grad();
+    const auto pieces = model->transformer->forward_packed(packed).split_with_sizes(packed.lengths);
+    at::Tensor loss;
+    for (const auto piece : answers) {
+      const auto part = pieces[static_cast<std::size_t>(piece)].square().sum();
+      loss = loss.defined() ? loss + part : part;
+    }
+    loss.backward();
+    std::vector<at::Tensor> gradients{loss.detach()};
+    for (const auto& parameter : model->transformer->parameters()) gradients.push_back(parameter.grad().clone());
+    return gradients;
+  };
+  const auto apart = run({at::cat({prompt, first, prompt, second}), {6, 4, 6, 3}, {{0, 1}, {2, 3}}}, {1, 3});
+  const auto shared = run({at::cat({prompt, first, second}), {6, 4, 3}, {{0, 1}, {0, 2}}}, {1, 2});
+  for (std::size_t i = 0; i < apart.size(); ++i) {
+    EXPECT_TRUE(at::allclose(shared[i], apart[i], 1e-4, 1e-4 * apart[i].abs().max().item<double>())) << i;
+  }
 }
 
 TEST(GPT2, RunsItsLayersAsItIsTold) {
