@@ -183,9 +183,9 @@ class KernelInput {
     for (const auto& [begin, update] : job.updates) {
       kept_.push_back((update.B * update.scaling).contiguous());
       const auto* B = kept_.back().template const_data_ptr<SumOf<T>>();
-      kept_.push_back(lora::detail::merge_panels<T>(update.A.narrow(1, part.left, part.columns)));
-      factors_.push_back({kept_.back().template const_data_ptr<SumOf<T>>(), B, update.A.size(0), begin - part.first,
-                          begin - part.first + update.B.size(0)});
+      panels_.push_back(lora::detail::merge_panels<T, SumOf<T>>(update.A.narrow(1, part.left, part.columns)));
+      factors_.push_back(
+          {panels_.back().data(), B, update.A.size(0), begin - part.first, begin - part.first + update.B.size(0)});
     }
   }
 
@@ -208,6 +208,7 @@ class KernelInput {
  private:
   at::Tensor base_;
   std::vector<at::Tensor> kept_;
+  std::vector<std::vector<SumOf<T>>> panels_;
   std::vector<lora::detail::MergeFactors<SumOf<T>>> factors_;
 };
 

@@ -2,7 +2,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
@@ -56,15 +55,22 @@ struct MergeJob {
   std::atomic<int64_t> non_finite{0};
 };
 
-/// A [rank, columns] as MergeFactors<…> take it for a base of `T`.
-template <class T>
-at::Tensor merge_panels(const at::Tensor& A) {
-  const auto rank = A.size(0), columns = A.size(1);
-  const auto panels = (columns + kMergePanel - 1) / kMergePanel;
-  auto padded =
-      at::constant_pad_nd(A, {0, panels * kMergePanel - columns}).view({rank, panels, kMergePanel}).transpose(0, 1);
-  if (kSplitsColumns<T>) padded = padded.unflatten(2, {kMergePanel / 2, 2}).transpose(2, 3);
-  return padded.contiguous();
+/// A [rank, columns] as MergeFactors<Sum> take it for a base of `T`.
+template <class T, class Sum>
+std::vector<Sum> merge_panels(const at::Tensor& A) {
+  const auto source = A.to(c10::CppTypeToScalarType<Sum>::value).contiguous();
+  const auto rank = source.size(0), columns = source.size(1);
+  const auto* from = source.template const_data_ptr<Sum>();
+  std::vector<Sum> panels(static_cast<size_t>((columns + kMergePanel - 1) / kMergePanel * kMergePanel * rank));
+  for (int64_t left = 0; left < columns; left += kMergePanel) {
+    const auto width = std::min(columns - left, kMergePanel);
+    for (int64_t r = 0; r < rank; ++r) {
+      auto* const to = panels.data() + left * rank + r * kMergePanel;
+      const auto* const row = from + r * columns + left;
+      for (int64_t i = 0; i < width; ++i) to[kSplitsColumns<T> ? i % 2 * (kMergePanel / 2) + i / 2 : i] = row[i];
+    }
+  }
+  return panels;
 }
 
 /// The tiles of one job, ready to run in any order on any thread.
@@ -81,26 +87,22 @@ class TypedMergeTiles final : public MergeTiles {
   explicit TypedMergeTiles(MergeJob& job) : job_(job), base_(job.base.contiguous()) {
     job_.merged = TensorMemory::instance().empty_like(base_);
     const auto dtype = c10::CppTypeToScalarType<Sum>::value;
+    int64_t rank = 1;
     for (const auto& [begin, update] : job.updates) {
-      auto right = update.A.to(dtype);
-      auto left = update.B.to(dtype) * update.scaling;
+      auto right = update.A.to(dtype), left = update.B.to(dtype);
+      auto scaling = static_cast<Sum>(update.scaling);
       auto first = begin;
-      if (job.transposed) {  // (B·A)ᵀ = Aᵀ·Bᵀ, whose columns are B's rows
+      if (job.transposed) {  // (B·A)ᵀ = Aᵀ·Bᵀ, whose columns are B's rows; B is scaled in both, for the same bits
         auto columns = at::zeros({right.size(0), base_.size(1)}, right.options());
-        columns.narrow(1, begin, left.size(0)).copy_(left.t());
+        columns.narrow(1, begin, left.size(0)).copy_((left * update.scaling).t());
         left = right.t();
         right = columns;
+        scaling = 1;
         first = 0;
       }
-      left = left.contiguous();
-      right = merge_panels<T>(right);
-      factors_.push_back({right.template const_data_ptr<Sum>(), left.template const_data_ptr<Sum>(), left.size(1),
-                          first, first + left.size(0)});
-      kept_.push_back(std::move(right));
-      kept_.push_back(std::move(left));
+      rank += left.size(1);
+      updates_.push_back({merge_panels<T, Sum>(right), left.contiguous(), scaling, first});
     }
-    int64_t rank = 1;
-    for (const auto& update : factors_) rank += update.rank;
     const auto bytes_of_row = std::max<int64_t>(base_.size(1) * static_cast<int64_t>(sizeof(T)), 1);
     rows_ = std::max<int64_t>(kTileBytes / bytes_of_row, 8);
     columns_ =
@@ -111,12 +113,23 @@ class TypedMergeTiles final : public MergeTiles {
 
   void run(int64_t tile) override {
     const auto first = tile * rows_, last = std::min(first + rows_, base_.size(0));
+    std::vector<std::vector<Sum>> scaled;
+    std::vector<MergeFactors<Sum>> factors;
+    for (const auto& update : updates_) {
+      const auto rank = update.left.size(1);
+      const auto begin = std::max(first, update.begin), end = std::min(last, update.begin + update.left.size(0));
+      if (begin >= end) continue;
+      const auto* const left = update.left.template const_data_ptr<Sum>() + (begin - update.begin) * rank;
+      scaled.emplace_back(left, left + (end - begin) * rank);
+      for (auto& element : scaled.back()) element *= update.scaling;
+      factors.push_back({update.panels.data(), scaled.back().data(), rank, begin, end});
+    }
     int64_t bad = 0;
     for (int64_t left = 0; left < base_.size(1); left += columns_) {
       bad += run_register_kernel<MergeTileKernel>(
           instruction_set(),
           MergeTile<T, Sum>{base_.template const_data_ptr<T>(), job_.merged.template mutable_data_ptr<T>(),
-                            base_.size(1), factors_.data(), static_cast<int64_t>(factors_.size()), first, last, left,
+                            base_.size(1), factors.data(), static_cast<int64_t>(factors.size()), first, last, left,
                             std::min(left + columns_, base_.size(1))});
     }
     if (bad != 0) job_.non_finite += bad;
@@ -129,10 +142,17 @@ class TypedMergeTiles final : public MergeTiles {
   // since the processor reads ahead in what is left out of a row.
   static constexpr int64_t kFactorBytes = 28 << 10;
 
+  /// Rows from `begin` on += scaling · left · A.
+  struct Update {
+    std::vector<Sum> panels;
+    at::Tensor left;  // [rows, rank]
+    Sum scaling;
+    int64_t begin;
+  };
+
   MergeJob& job_;
   at::Tensor base_;
-  std::vector<MergeFactors<Sum>> factors_;
-  std::vector<at::Tensor> kept_;
+  std::vector<Update> updates_;
   int64_t rows_ = 0;
   int64_t columns_ = 0;
 };
