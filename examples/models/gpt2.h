@@ -40,7 +40,8 @@ struct GPT2Cache {
 };
 
 /// Sequences without padding, made of pieces that lie one after the other. Sequences that begin alike, as several
-/// answers to a prompt, share these pieces, which are computed once.
+/// answers to a prompt, share these pieces, which are computed once; what an adapter's dropout drops there, they share
+/// too.
 struct GPT2Packed {
   torch::Tensor ids;  // [tokens], those of all pieces
   std::vector<std::int64_t> lengths;
