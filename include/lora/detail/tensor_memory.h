@@ -53,10 +53,10 @@ inline void let_system_take(void* data, size_t bytes) {
 /// LibTorch's default.
 ///
 /// glibc cuts blocks to size and cannot put them together again around what lives longer: a training step ends with
-/// tens of megabytes that no tensor fits into. Here a block is given out whole, and at most an eighth larger than asked
-/// for. It never holds more than a sixty-fourth beyond what the blocks of its tensors took at their most: what would
-/// exceed it is given back to the system, first what has waited longest; and what waits beyond 256 MiB, a system that
-/// lacks memory takes.
+/// tens of megabytes that no tensor fits into. Here a block is given out whole: its size is rounded up by at most an
+/// eighth, and one that waits may be an eighth larger still. It never holds more than a sixty-fourth beyond what the
+/// blocks of its tensors took at their most: what would exceed it is given back to the system, first what has waited
+/// longest; and what waits beyond 256 MiB, a system that lacks memory takes.
 class TensorMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
