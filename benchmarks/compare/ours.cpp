@@ -11,7 +11,7 @@
 #include <string>
 
 #include "adapter_cases.h"   // defines: merge, merge_square, load, merged_forward, carrier
-#include "limits.h"          // defines: limits, products
+#include "limit_cases.h"     // defines: limits, products
 #include "setup.h"           // defines: Arguments, Json, load_adapted
 #include "training_cases.h"  // defines: train, profile, e2e, growth
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+namespace functional_benchmark {
 namespace {
 
 void gelu(benchmark::State& state, bool ours, at::ScalarType dtype) {
@@ -52,3 +53,4 @@ BENCHMARK_CAPTURE(cross_entropy, libtorch_bf16, false, at::kBFloat16)->Unit(benc
 BENCHMARK_CAPTURE(cross_entropy, ours_bf16, true, at::kBFloat16)->Unit(benchmark::kMillisecond);
 
 }  // namespace
+}  // namespace functional_benchmark

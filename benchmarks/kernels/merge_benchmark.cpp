@@ -11,6 +11,7 @@
 
 #include "streamed_copy.h"  // defines: StreamedCopy
 
+namespace merge_benchmark {
 namespace {
 
 using Matrices = std::vector<std::pair<int64_t, int64_t>>;
@@ -126,3 +127,4 @@ BENCHMARK_CAPTURE(copy_first, bf16, at::kBFloat16)->Apply(models);
 BENCHMARK_CAPTURE(merge_first, bf16_r8, at::kBFloat16, 8)->Apply(models)->Iterations(10);
 
 }  // namespace
+}  // namespace merge_benchmark

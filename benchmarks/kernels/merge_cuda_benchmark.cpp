@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+namespace merge_cuda_benchmark {
 namespace {
 
 using lora::cuda::MergeKernel;
@@ -78,3 +79,4 @@ void shapes(benchmark::internal::Benchmark* benchmark) {
 }();
 
 }  // namespace
+}  // namespace merge_cuda_benchmark

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+namespace products_benchmark {
 namespace {
 
 void set_rate(benchmark::State& state, double flops) {
@@ -77,3 +78,4 @@ BENCHMARK_CAPTURE(one_row, carrier_without_active_adapter, 8, false);
 BENCHMARK_CAPTURE(one_row, lora_of_rank_8, 8, true);
 
 }  // namespace
+}  // namespace products_benchmark

@@ -180,18 +180,7 @@ struct GPT2ModelImpl : torch::nn::Module {
   /// Hidden states [tokens, n_embd]: what a padded batch gives, without the padding and without computing twice what
   /// sequences share.
   torch::Tensor forward_packed(const GPT2Packed& packed) {
-    std::vector<torch::Tensor> positions(packed.lengths.size());
-    for (const auto& sequence : packed.sequences) {
-      std::int64_t begin = 0;
-      for (const auto piece : sequence) {
-        const auto end = begin + packed.lengths.at(piece);
-        TORCH_CHECK_VALUE(end <= wpe->options.num_embeddings(), "[GPT2] found ", end, " tokens, expected at most ",
-                          wpe->options.num_embeddings(), " (n_positions); shorten the input");
-        if (!positions[piece].defined()) positions[piece] = torch::arange(begin, end, packed.ids.options());
-        begin = end;
-      }
-    }
-    const auto x = wte(packed.ids) + wpe(torch::cat(positions));
+    const auto x = wte(packed.ids) + wpe(positions_of(packed));
     return run_blocks(x, [this, packed](std::size_t layer, const torch::Tensor& hidden) {
       return block(layer).forward_packed(hidden, packed);
     });
@@ -207,6 +196,34 @@ struct GPT2ModelImpl : torch::nn::Module {
   torch::nn::LayerNorm ln_f;
 
  private:
+  /// [tokens]: where each token stands in its sequences.
+  torch::Tensor positions_of(const GPT2Packed& packed) const {
+    const auto count = packed.lengths.size();
+    std::vector<torch::Tensor> positions(count);
+    std::vector<std::int64_t> begins(count);
+    for (const auto& sequence : packed.sequences) {
+      std::int64_t begin = 0;
+      for (const auto piece : sequence) {
+        TORCH_CHECK_VALUE(piece < count, "[GPT2] found piece ", piece, " in a sequence, expected one of ", count);
+        const auto end = begin + packed.lengths[piece];
+        TORCH_CHECK_VALUE(end <= wpe->options.num_embeddings(), "[GPT2] found ", end, " tokens, expected at most ",
+                          wpe->options.num_embeddings(), " (n_positions); shorten the input");
+        if (!positions[piece].defined()) {
+          positions[piece] = torch::arange(begin, end, packed.ids.options());
+          begins[piece] = begin;
+        }
+        TORCH_CHECK_VALUE(begins[piece] == begin, "[GPT2] found piece ", piece, " behind ", begins[piece], " and ",
+                          begin, " tokens, expected the same pieces before it in every sequence");
+        begin = end;
+      }
+    }
+    for (std::size_t piece = 0; piece < count; ++piece) {
+      TORCH_CHECK_VALUE(positions[piece].defined(), "[GPT2] found piece ", piece,
+                        " in no sequence, expected each in one or more");
+    }
+    return torch::cat(positions);
+  }
+
   GPT2BlockImpl& block(std::size_t layer) { return *h->ptr<GPT2BlockImpl>(layer); }
 
   template <class Forward>

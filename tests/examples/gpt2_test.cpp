@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -130,7 +131,20 @@ TEST(GPT2, ReadsPackedSequencesAsEachByItself) {
     const auto alone = model->transformer->forward(at::cat(own_tokens).unsqueeze(0)).squeeze(0);
     EXPECT_TRUE(at::allclose(at::cat(own_hidden), alone, 1e-5, 1e-6));
   }
-  EXPECT_THROW(model->transformer->forward_packed({at::zeros({33}, at::kLong), {30, 3}, {{0, 1}}}), c10::ValueError);
+}
+
+TEST(GPT2, RefusesPackedSequencesThatDoNotFit) {
+  GPT2LMHeadModel model(small_config());
+  const auto message = [&](std::vector<std::int64_t> lengths, std::vector<std::vector<std::size_t>> sequences) {
+    return message_of([&] {
+      const auto tokens = std::accumulate(lengths.begin(), lengths.end(), std::int64_t{0});
+      model->transformer->forward_packed({at::zeros({tokens}, at::kLong), lengths, sequences});
+    });
+  };
+  EXPECT_THAT(message({30, 3}, {{0, 1}}), HasSubstr("[GPT2] found 33 tokens, expected at most 32"));
+  EXPECT_THAT(message({2, 3}, {{0}, {2}}), HasSubstr("[GPT2] found piece 2 in a sequence, expected one of 2"));
+  EXPECT_THAT(message({2, 3}, {{0}}), HasSubstr("[GPT2] found piece 1 in no sequence"));
+  EXPECT_THAT(message({2, 3, 4}, {{0, 2}, {1, 2}}), HasSubstr("[GPT2] found piece 2 behind 2 and 3 tokens"));
 }
 
 TEST(GPT2, SharesTheBeginningsOfSequencesWithTheSameGradients) {

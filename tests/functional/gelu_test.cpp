@@ -212,5 +212,42 @@ TEST(Gelu, SavesItsInputAlone) {
   EXPECT_THROW(torch::autograd::grad({y.sum()}, {x}), c10::Error);
 }
 
+TEST(Gelu, WritesOverAGradientThatNobodyElseHolds) {
+  const auto x = inputs(100, at::kFloat).requires_grad_(true);
+  const auto dy = harness::normal({100}, 5).to(at::kFloat), twice = dy * 2;
+  const auto expected = torch::autograd::grad({lora::gelu(x, "tanh")}, {x}, {twice})[0];
+  EXPECT_TRUE(at::equal(twice, dy * 2));  // it is the caller's
+
+  const auto y = lora::gelu(x, "tanh");
+  const void* memory = nullptr;
+  y.register_hook([&](const at::Tensor& gradient) { memory = gradient.const_data_ptr(); });
+  const auto dx = torch::autograd::grad({y * 2}, {x}, {dy})[0];
+  EXPECT_EQ(dx.const_data_ptr(), memory);
+  EXPECT_TRUE(at::equal(dx, expected));
+}
+
+TEST(Gelu, LeavesAGradientThatAnotherHolds) {
+  const auto x = inputs(100, at::kFloat).requires_grad_(true);
+  const auto other = at::zeros({100}).requires_grad_(true);
+  const auto dy = harness::normal({100}, 5).to(at::kFloat), twice = dy * 2;
+  const auto expected = torch::autograd::grad({lora::gelu(x, "tanh")}, {x}, {twice})[0];
+
+  const auto y = lora::gelu(x, "tanh");
+  y.retain_grad();
+  at::Tensor kept;
+  y.register_hook([&](const at::Tensor& gradient) { kept = gradient; });
+  ((y + other) * 2).backward(dy);
+  EXPECT_TRUE(at::equal(kept, twice));
+  EXPECT_TRUE(at::equal(y.grad(), twice));
+  EXPECT_TRUE(at::equal(other.grad(), twice));
+  EXPECT_TRUE(at::equal(x.grad(), expected));
+
+  at::Tensor part;
+  const auto z = lora::gelu(x, "tanh");
+  z.register_hook([&](const at::Tensor& gradient) { part = gradient.narrow(0, 3, 10); });
+  EXPECT_TRUE(at::equal(torch::autograd::grad({z * 2}, {x}, {dy})[0], expected));
+  EXPECT_TRUE(at::equal(part, twice.narrow(0, 3, 10)));
+}
+
 }  // namespace
 }  // namespace gelu_test

@@ -207,6 +207,16 @@ TEST(LowRankProductMemory, KeepsNeitherXTwiceNorAnythingOfItsSize) {
               node->ctx_.get_saved_variables()[0].data_ptr() == of.x.data_ptr());
 }
 
+TEST(LowRankProductMemory, HandsOnAGradientThatNothingElseHolds) {
+  const Case tested{"plain", false, false, false, 1, 1, {2, 25, kIn}};
+  Operands of(tested, at::kFloat);
+  of.x = of.x.detach().requires_grad_(true) * 1;
+  bool is_sole = false;
+  of.x.register_hook([&](const at::Tensor& gradient) { is_sole = gradient.storage().use_count() == 1; });
+  product(tested, of, lora::ProductKernel::kAten).sum().backward();
+  EXPECT_TRUE(is_sole);
+}
+
 TEST(DropoutOfProducts, DropsTheSameAgainAndScalesTheRest) {
   for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
     const auto x = at::ones({40, 33}, at::TensorOptions(dtype));

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "harness/dense_oracle.h"
+#include "harness/memory.h"
 #include "harness/values.h"
 
 namespace product_plan_test {
@@ -47,6 +48,14 @@ TEST_F(ProductPlanTest, MeasuresAShapeOnceForAllRowsOfItsClass) {
     EXPECT_GT(choice.onednn_seconds, 0);
     EXPECT_EQ(choice.kernel == ProductKernel::kOneDnn, choice.onednn_seconds * 1.2 < choice.aten_seconds);
   }
+}
+
+TEST_F(ProductPlanTest, MeasuresInMemoryThatGoesBack) {
+  const auto W = matrix(2048, 2048);
+  const harness::LargestAllocation allocations;
+  plan_.choose(64, W);
+  EXPECT_EQ(plan_.choices().size(), 1U);
+  EXPECT_LT(allocations.bytes(), static_cast<int64_t>(W.nbytes()) / 8);
 }
 
 TEST_F(ProductPlanTest, TellsLayoutsDtypesAndThreadsApart) {

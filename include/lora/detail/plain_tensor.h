@@ -21,6 +21,12 @@ inline bool is_plain_cpu_tensor(const at::Tensor& tensor) {
          !c10::impl::tls_is_dispatch_key_included(Key::Tracer);
 }
 
+/// Whether no other handle holds the tensor and no other tensor its memory, so that nobody sees what is written there.
+/// LibTorch hands gradients from node to node in this way and keeps those that it is the only one to hold.
+inline bool is_sole_owner(const at::Tensor& tensor) {
+  return tensor.use_count() == 1 && tensor.storage().use_count() == 1;
+}
+
 /// Calls visit(T()) with the type of a plain tensor's elements.
 template <class Visit>
 void visit_plain_dtype(at::ScalarType dtype, const Visit& visit) {

@@ -2,11 +2,15 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
 #include <c10/core/Storage.h>
 #include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
 #include <lora/version.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -47,6 +51,20 @@ inline void let_system_take(void* data, size_t bytes) {
 #ifdef MADV_FREE
   if (bytes >= kHugePage) ::madvise(data, bytes, MADV_FREE);
 #endif
+}
+
+/// Zeros on the CPU in pages of their own, which go back to the system with the tensor. What is needed once, in the
+/// midst of a step, would stay in an allocator's memory for good.
+inline at::Tensor zeros_in_own_pages(at::IntArrayRef sizes, at::ScalarType dtype) {
+  static const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  const auto wanted = static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
+  const auto bytes = (wanted + page - 1) / page * page;
+  void* const data = map_pages(bytes);
+  const auto options = at::TensorOptions(dtype).device(at::kCPU);
+  if (data == nullptr) return at::zeros(sizes, options);
+  return at::from_blob(
+             data, sizes, [bytes](void* pages) { ::munmap(pages, bytes); }, options)
+      .zero_();
 }
 
 /// An allocator of the CPU whose freed blocks wait for the next tensors of their size. Small ones are left to

@@ -4,6 +4,7 @@
 #include <lora/version.h>
 
 #include <cstdint>
+#include <utility>
 
 LORA_NAMESPACE_BEGIN
 namespace detail {
@@ -38,12 +39,45 @@ LORA_ALWAYS_INLINE void exp_lanes(const V& x, V& result) {
   result = x < -87.3f ? zero : p;
 }
 
-/// The sum of all lanes.
+struct AddLanes {
+  template <class V>
+  LORA_ALWAYS_INLINE static void run(V& a, const V& b) {
+    a += b;
+  }
+};
+
+struct TakeLargerLanes {
+  template <class V>
+  LORA_ALWAYS_INLINE static void run(V& a, const V& b) {
+    a = a > b ? a : b;
+  }
+};
+
+/// Combines all lanes into each, those that are `distance` apart first, then half as far, down to neighbours.
+template <class Combine, int64_t distance, class V, int64_t... lane>
+LORA_ALWAYS_INLINE void fold_lanes(V& x, std::integer_sequence<int64_t, lane...> lanes) {
+  if constexpr (distance > 0) {
+    const V other = __builtin_shufflevector(x, x, (lane ^ distance)...);
+    Combine::run(x, other);
+    fold_lanes<Combine, distance / 2>(x, lanes);
+  }
+}
+
+template <class Combine, class V>
+LORA_ALWAYS_INLINE float folded_lanes(const V& x) {
+  V folded = x;
+  fold_lanes<Combine, kLanesOf<V> / 2>(folded, std::make_integer_sequence<int64_t, kLanesOf<V>>());
+  return folded[0];
+}
+
 template <class V>
 LORA_ALWAYS_INLINE float sum_of_lanes(const V& x) {
-  float sum = 0;
-  for (int64_t lane = 0; lane < kLanesOf<V>; ++lane) sum += x[lane];
-  return sum;
+  return folded_lanes<AddLanes>(x);
+}
+
+template <class V>
+LORA_ALWAYS_INLINE float maximum_of_lanes(const V& x) {
+  return folded_lanes<TakeLargerLanes>(x);
 }
 
 }  // namespace detail

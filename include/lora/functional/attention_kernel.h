@@ -68,24 +68,6 @@ inline int64_t attention_backward_scratch(int64_t queries, int64_t size) {
          kBackwardKeys * (2 * size + 3 * columns);
 }
 
-template <size_t distance, class V, size_t... lane>
-LORA_ALWAYS_INLINE void add_lanes(V& x, std::index_sequence<lane...> lanes) {
-  if constexpr (distance != 0) {
-    const V other = __builtin_shufflevector(x, x, static_cast<int>(lane ^ distance)...);
-    x += other;
-    add_lanes<distance / 2>(x, lanes);
-  }
-}
-
-template <size_t distance, class V, size_t... lane>
-LORA_ALWAYS_INLINE void maximum_of_lanes(V& x, std::index_sequence<lane...> lanes) {
-  if constexpr (distance != 0) {
-    const V other = __builtin_shufflevector(x, x, static_cast<int>(lane ^ distance)...);
-    x = x > other ? x : other;
-    maximum_of_lanes<distance / 2>(x, lanes);
-  }
-}
-
 template <int64_t width>
 struct AttentionTiles {
   using Floats = Vector<float, width>;
@@ -100,12 +82,6 @@ struct AttentionTiles {
   }
   LORA_ALWAYS_INLINE static void keep_first(int64_t count, float rest, Floats& x) {
     if (count < width) keep_first(count, rest, x, std::make_index_sequence<width>());
-  }
-
-  LORA_ALWAYS_INLINE static float sum(const Floats& lanes) {
-    Floats x = lanes;
-    add_lanes<width / 2>(x, std::make_index_sequence<width>());
-    return x[0];
   }
 
   /// scale·Q·Kᵀ for a tile of packed queries and the first `keys` keys of packed panels; beyond them, up to a whole
@@ -126,8 +102,7 @@ struct AttentionTiles {
       keep_first(count - i, scores[0], x);
       largest = x > largest ? x : largest;
     }
-    maximum_of_lanes<width / 2>(largest, std::make_index_sequence<width>());
-    return largest[0];
+    return maximum_of_lanes(largest);
   }
 
   /// Scores into e^(score − maximum), zeros from `count` up to `end`; returns their sum.
@@ -140,7 +115,7 @@ struct AttentionTiles {
       total += x;
       store(x, scores + i);
     }
-    return sum(total);
+    return sum_of_lanes(total);
   }
 };
 
@@ -296,7 +271,7 @@ struct AttentionBackwardKernel {
       load_some(b + e, size - e, y);
       total += x * y;
     }
-    return Tiles::sum(total);
+    return sum_of_lanes(total);
   }
 
   /// Scores into probabilities p and their gradients dp into those of q·kᵀ, p·(dp − delta)·scale; zeros from `count` up

@@ -74,10 +74,13 @@ inline at::Tensor gelu_tanh_forward(const at::Tensor& x) {
   return y;
 }
 
+/// dx, in the memory of dy where nobody else holds it.
 inline at::Tensor gelu_tanh_backward(const at::Tensor& dy, const at::Tensor& x) {
   const auto dense = without_gaps(x);
-  auto dx = at::empty_like(dense);
-  map_tensors<GeluTanhBackward>(dx, dy.strides() == dense.strides() ? dy : at::empty_like(dense).copy_(dy), dense);
+  const bool fits = dy.strides() == dense.strides(), owned = is_sole_owner(dy);
+  const auto gradient = fits ? dy : at::empty_like(dense).copy_(dy);
+  const auto dx = !fits || owned ? gradient : at::empty_like(dense);
+  map_tensors<GeluTanhBackward>(dx, gradient, dense);
   return dx;
 }
 

@@ -50,7 +50,7 @@ struct LinearCrossEntropyOptions {
   /// ε in [0, 1]: a row is to predict its label with 1 − ε and every class alike with ε (Szegedy et al. 2015, arXiv
   /// 1512.00567, section 7).
   TORCH_ARG(double, label_smoothing) = 0;
-  /// How many rows have their logits in memory at a time; 0: as many as fit into 32 MiB.
+  /// How many rows have their logits in memory at a time; 0: as many as fit into 24 MiB.
   TORCH_ARG(int64_t, chunk_rows) = 0;
 };
 
@@ -268,7 +268,7 @@ class LinearCrossEntropy {
 
   /// Of equal chunks none has more logits than stay in the last cache level, and the memory of one is the next one's.
   int64_t chunk_rows(int64_t count) const {
-    constexpr int64_t kLogitBytes = int64_t{32} << 20;
+    constexpr int64_t kLogitBytes = int64_t{24} << 20;
     if (options_.chunk_rows() > 0) return options_.chunk_rows();
     const auto bytes = static_cast<int64_t>(c10::elementSize(autocast_dtype_.value_or(hidden_.scalar_type())));
     const auto most = std::max<int64_t>(1, kLogitBytes / (weight_.size(0) * bytes));

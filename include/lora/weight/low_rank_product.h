@@ -3,6 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
@@ -179,7 +180,8 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
         dx.add_(dropped(term, through));
       }
     }
-    if (dx.defined()) results.front() = dx.view(saved.x_sizes);
+    // No view in autograd's sense, whose base would hold the memory too: the next node may write over it.
+    if (dx.defined()) results.front() = at::_unsafe_view(dx, saved.x_sizes);
     if (saved.addend_sizes) {
       const bool wanted = ctx->needs_input_grad(results.size());
       results.push_back(wanted ? gradients.front().sum_to_size(*saved.addend_sizes) * saved.beta : at::Tensor());

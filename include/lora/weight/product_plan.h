@@ -3,11 +3,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/ScalarType.h>
 #include <lora/detail/processor.h>
+#include <lora/detail/tensor_memory.h>
 #include <lora/version.h>
 #include <lora/weight/frozen_product.h>
 
@@ -139,9 +139,9 @@ class ProductPlan {
     const detail::PlainDispatch plain;
     // A part of a large matrix tells as much, sooner.
     const auto in = std::min<int64_t>(shape.in, 2048), out = std::min<int64_t>(shape.out, 2048);
-    const auto options = at::TensorOptions(shape.dtype).device(at::kCPU);
-    const auto x = at::zeros({shape.rows, in}, options);
-    const auto matrix = shape.transposed ? at::zeros({out, in}, options).t() : at::zeros({in, out}, options);
+    const auto zeros = [&](at::IntArrayRef sizes) { return detail::zeros_in_own_pages(sizes, shape.dtype); };
+    const auto x = zeros({shape.rows, in});
+    const auto matrix = shape.transposed ? zeros({out, in}).t() : zeros({in, out});
     Choice choice;
     choice.aten_seconds = choice.onednn_seconds = std::numeric_limits<double>::infinity();
     for (int round = 0; round < 4; ++round) {  // in turn, so that what disturbs one disturbs the other

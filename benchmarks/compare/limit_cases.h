@@ -8,8 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "measure.h"  // defines: seconds_of
-#include "setup.h"    // defines: Arguments, Json
+#include "measure.h"      // defines: seconds_of
+#include "models/gpt2.h"  // defines: GPT2Config
+#include "setup.h"        // defines: Arguments, Json
 
 /// The best rate of any product here, and that of a copy into memory that is there.
 inline Json limits(const Arguments& arguments) {
@@ -40,21 +41,23 @@ inline Json limits(const Arguments& arguments) {
 /// The rate of the products of a step with the frozen weights of GPT-2 124M and of nothing else: every weight is read
 /// from memory, and every result of the forward stays, as in a step. As large as a step's share of the limit can be.
 inline Json products(const Arguments& arguments) {
-  constexpr std::int64_t kTokens = 512, kChunk = 128, kLayers = 12, kWidth = 768, kVocabulary = 50257;
+  constexpr std::int64_t kTokens = 512, kChunk = 128;
+  const GPT2Config config;
+  const auto width = config.n_embd, inner = config.inner_size();
   const at::NoGradGuard no_grad;
   lora::keep_freed_memory();
   const auto options = at::TensorOptions(arguments.scalar_type());
   const auto weight = [&](std::int64_t out, std::int64_t in) { return at::full({out, in}, 0.01, options); };
   std::vector<at::Tensor> weights;
-  for (std::int64_t layer = 0; layer < kLayers; ++layer) {
-    for (const auto& [out, in] : {std::pair{3 * kWidth, kWidth}, std::pair{kWidth, kWidth},
-                                  std::pair{4 * kWidth, kWidth}, std::pair{kWidth, 4 * kWidth}}) {
+  for (std::int64_t layer = 0; layer < config.n_layer; ++layer) {
+    for (const auto& [out, in] :
+         {std::pair{3 * width, width}, std::pair{width, width}, std::pair{inner, width}, std::pair{width, inner}}) {
       weights.push_back(weight(out, in));
     }
   }
-  const auto head = weight(kVocabulary, kWidth);
+  const auto head = weight(config.vocab_size, width);
   std::map<std::int64_t, at::Tensor> rows;  // by width
-  for (const auto width : {kWidth, 3 * kWidth, 4 * kWidth}) rows[width] = at::full({kTokens, width}, 0.01, options);
+  for (const auto size : {width, 3 * width, inner}) rows[size] = at::full({kTokens, size}, 0.01, options);
   double flops = 0;
   const auto product = [&](const at::Tensor& x, const at::Tensor& V) {
     flops += 2.0 * static_cast<double>(x.size(0) * V.numel());
@@ -67,7 +70,7 @@ inline Json products(const Arguments& arguments) {
       std::vector<at::Tensor> kept;
       for (const auto& W : weights) kept.push_back(product(rows[W.size(1)], W.t()));
       for (std::int64_t chunk = 0; chunk < kTokens / kChunk; ++chunk) {
-        product(product(rows[kWidth].narrow(0, chunk * kChunk, kChunk), head.t()), head);
+        product(product(rows[width].narrow(0, chunk * kChunk, kChunk), head.t()), head);
       }
       for (auto W = weights.rbegin(); W != weights.rend(); ++W) {
         if (&*W != &weights.front()) product(rows[W->size(0)], *W);
