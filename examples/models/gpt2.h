@@ -198,9 +198,9 @@ struct GPT2ModelImpl : torch::nn::Module {
  private:
   /// [tokens]: where each token stands in its sequences.
   torch::Tensor positions_of(const GPT2Packed& packed) const {
+    constexpr std::int64_t kNowhere = -1;
     const auto count = packed.lengths.size();
-    std::vector<torch::Tensor> positions(count);
-    std::vector<std::int64_t> begins(count);
+    std::vector<std::int64_t> begins(count, kNowhere);
     for (const auto& sequence : packed.sequences) {
       std::int64_t begin = 0;
       for (const auto piece : sequence) {
@@ -208,18 +208,18 @@ struct GPT2ModelImpl : torch::nn::Module {
         const auto end = begin + packed.lengths[piece];
         TORCH_CHECK_VALUE(end <= wpe->options.num_embeddings(), "[GPT2] found ", end, " tokens, expected at most ",
                           wpe->options.num_embeddings(), " (n_positions); shorten the input");
-        if (!positions[piece].defined()) {
-          positions[piece] = torch::arange(begin, end, packed.ids.options());
-          begins[piece] = begin;
-        }
+        if (begins[piece] == kNowhere) begins[piece] = begin;
         TORCH_CHECK_VALUE(begins[piece] == begin, "[GPT2] found piece ", piece, " behind ", begins[piece], " and ",
                           begin, " tokens, expected the same pieces before it in every sequence");
         begin = end;
       }
     }
+    std::vector<torch::Tensor> positions;
     for (std::size_t piece = 0; piece < count; ++piece) {
-      TORCH_CHECK_VALUE(positions[piece].defined(), "[GPT2] found piece ", piece,
+      const auto begin = begins[piece];
+      TORCH_CHECK_VALUE(begin != kNowhere, "[GPT2] found piece ", piece,
                         " in no sequence, expected each in one or more");
+      positions.push_back(torch::arange(begin, begin + packed.lengths[piece], packed.ids.options()));
     }
     return torch::cat(positions);
   }

@@ -30,6 +30,11 @@ namespace detail {
 
 inline constexpr size_t kHugePage = 2 << 20;
 
+inline size_t page_size() {
+  static const auto size = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  return size;
+}
+
 /// Fresh memory of whole pages, in huge ones where the system has them; null: there is none.
 inline void* map_pages(size_t bytes) {
   const auto spare = bytes < kHugePage ? 0 : kHugePage;
@@ -56,9 +61,8 @@ inline void let_system_take(void* data, size_t bytes) {
 /// Zeros on the CPU in pages of their own, which go back to the system with the tensor. What is needed once, in the
 /// midst of a step, would stay in an allocator's memory for good.
 inline at::Tensor zeros_in_own_pages(at::IntArrayRef sizes, at::ScalarType dtype) {
-  static const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
   const auto wanted = static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
-  const auto bytes = (wanted + page - 1) / page * page;
+  const auto bytes = (wanted + page_size() - 1) / page_size() * page_size();
   void* const data = map_pages(bytes);
   const auto options = at::TensorOptions(dtype).device(at::kCPU);
   if (data == nullptr) return at::zeros(sizes, options);
@@ -114,10 +118,9 @@ class TensorMemory final : public c10::Allocator {
   /// The size of a block for so many bytes, one of eight between two powers of two: the tensors of steps that differ a
   /// little fit into each other's blocks, and what a tensor does not reach takes no memory.
   static size_t block_size(size_t bytes) {
-    static const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
     size_t power = kSmallest;
     while (2 * power < bytes) power *= 2;
-    const auto step = std::max(page, power / 8);
+    const auto step = std::max(page_size(), power / 8);
     return (bytes + step - 1) / step * step;
   }
 
