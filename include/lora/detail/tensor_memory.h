@@ -76,9 +76,9 @@ inline at::Tensor zeros_in_own_pages(at::IntArrayRef sizes, at::ScalarType dtype
 ///
 /// glibc cuts blocks to size and cannot put them together again around what lives longer: a training step ends with
 /// tens of megabytes that no tensor fits into. Here a block is given out whole: its size is rounded up by at most an
-/// eighth, and one that waits may be an eighth larger still. It never holds more than a sixty-fourth beyond what the
-/// blocks of its tensors took at their most: what would exceed it is given back to the system, first what has waited
-/// longest; and what waits beyond 256 MiB, a system that lacks memory takes.
+/// eighth, below 32 KiB to whole pages, and one that waits may be an eighth larger still. It never holds more than a
+/// sixty-fourth beyond what the blocks of its tensors took at their most: what would exceed it is given back to the
+/// system, first what has waited longest; and what waits beyond 256 MiB, a system that lacks memory takes.
 class TensorMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
@@ -105,7 +105,7 @@ class TensorMemory final : public c10::Allocator {
   }
 
  private:
-  static constexpr size_t kSmallest = 64 << 10;
+  static constexpr size_t kSmallest = 16 << 10;
   static constexpr size_t kUnmarked = 256 << 20;  // waits without a call of the system, so that an unmerge is a swap
 
   struct Block {

@@ -12,7 +12,7 @@ LORA_NAMESPACE_BEGIN
 ///
 /// A training step frees what the next one needs again. By default large blocks go back to the system in between, whose
 /// pages are then cleared and mapped anew, which takes up to a tenth of a step, or they are cut to pieces that no
-/// tensor fits into. Tensors from 64 KiB on have a block each, those from 2 MiB on in huge pages where the system has
+/// tensor fits into. Tensors from 16 KiB on have a block each, those from 2 MiB on in huge pages where the system has
 /// them. A block is at most 27 % larger than its tensor, at most a sixty-fourth more than all blocks took at their most
 /// is held, and of what waits a system that lacks memory takes all but 256 MiB. Throws a StateError where another
 /// allocator is set with a higher priority.
