@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "harness/instruction_sets.h"
+#include "harness/num_threads.h"
 
 namespace vector_math_test {
 namespace {
@@ -77,9 +78,8 @@ TEST(ExpLanes, KnowsTheEnds) {
 }
 
 TEST(ParallelTasks, RunEachOnceOnAsManyThreadsAsLibTorchHas) {
-  const int before = at::get_num_threads();
   for (const int threads : {1, 2, 3}) {
-    at::set_num_threads(threads);
+    const harness::NumThreads guard(threads);
     std::vector<std::atomic<int>> runs(50);
     std::mutex mutex;
     std::set<std::thread::id> ids;
@@ -99,7 +99,6 @@ TEST(ParallelTasks, RunEachOnceOnAsManyThreadsAsLibTorchHas) {
     for (const auto& count : runs) EXPECT_EQ(count, 1);
     EXPECT_EQ(ids.size(), static_cast<size_t>(threads));
   }
-  at::set_num_threads(before);
 }
 
 TEST(ParallelTasks, OfNoneOrOneOrInsideOfOthersRunWhereTheyAre) {

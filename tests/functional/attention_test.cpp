@@ -1,7 +1,6 @@
 // lora::attention and lora::packed_attention against softmax(scale·q·kᵀ)·v in float64: values and gradients in every
 // dtype, shape, layout, instruction set and number of threads.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <lora/functional/attention.h>
@@ -19,6 +18,7 @@
 #include "harness/dense_oracle.h"
 #include "harness/instruction_sets.h"
 #include "harness/message_of.h"
+#include "harness/num_threads.h"
 #include "harness/operators.h"
 #include "harness/values.h"
 
@@ -259,20 +259,18 @@ TEST(Attention, IsWithinItsBoundInEveryInstructionSet) {
 
 // One head is divided among threads, many are not.
 TEST(Attention, IsTheSameOnAnyNumberOfThreads) {
-  const auto before = at::get_num_threads();
   for (const auto& shape : std::vector<Shape>{{1, 1, 300, 500, 16}, {1, 2, 200, 170, 64}, {3, 4, 20, 20, 8}}) {
     for (const bool causal : {false, true}) {
       std::vector<Result> results;
       for (const int threads : {1, 2, 3, 8}) {
         SCOPED_TRACE(shape.name() + std::to_string(threads));
-        at::set_num_threads(threads);
+        const harness::NumThreads guard(threads);
         results.push_back(run(attention(causal), shape.of_queries(1, at::kBFloat16), shape.of_keys(2, at::kBFloat16),
                               shape.of_keys(3, at::kBFloat16), shape.of_queries(4, at::kBFloat16)));
         expect_equal(results.back(), results.front());
       }
     }
   }
-  at::set_num_threads(before);
 }
 
 TEST(Attention, KnowsTheEnds) {

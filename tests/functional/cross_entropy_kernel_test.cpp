@@ -1,6 +1,5 @@
 // The cross entropy of rows of logits against the formula in float64: every dtype, size and instruction set.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <lora/functional/linear_cross_entropy.h>
 
@@ -13,6 +12,7 @@
 
 #include "functional/dense_loss.h"
 #include "harness/instruction_sets.h"
+#include "harness/num_threads.h"
 #include "harness/values.h"
 
 namespace cross_entropy_kernel_test {
@@ -94,15 +94,13 @@ TEST_P(CrossEntropyRows, EqualTheFormulaByOperators) {
 }
 
 TEST_P(CrossEntropyRows, AreTheSameOnOneThreadAndOnTwo) {
-  const auto threads = at::get_num_threads();
   std::vector<at::Tensor> results;
   for (const int count : {1, 2}) {
-    at::set_num_threads(count);
+    const harness::NumThreads guard(count);
     const auto z = logits().repeat({9, 1});
     results.push_back(lora::detail::cross_entropy_of_rows(z, labels().repeat({9}), 0.1, true));
     results.push_back(z);
   }
-  at::set_num_threads(threads);
   EXPECT_TRUE(at::equal(results[0], results[2]));
   EXPECT_TRUE(at::equal(results[1], results[3]));
 }

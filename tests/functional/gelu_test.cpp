@@ -1,7 +1,6 @@
 // lora::gelu against its formula in float64: values and gradients in every dtype, layout, instruction set and number of
 // threads.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <lora/functional/gelu.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -16,6 +15,7 @@
 
 #include "harness/dense_oracle.h"
 #include "harness/instruction_sets.h"
+#include "harness/num_threads.h"
 #include "harness/values.h"
 
 namespace gelu_test {
@@ -147,19 +147,17 @@ TEST(Gelu, IsWithinItsBoundInEveryInstructionSet) {
 }
 
 TEST(Gelu, IsTheSameOnAnyNumberOfThreads) {
-  const auto before = at::get_num_threads();
   for (const auto dtype : kDtypes) {
     const auto x = inputs(100003, dtype).requires_grad_(true);
     std::vector<at::Tensor> values, gradients;
     for (const int threads : {1, 2, 3}) {
-      at::set_num_threads(threads);
+      const harness::NumThreads guard(threads);
       values.push_back(lora::gelu(x, "tanh"));
       gradients.push_back(torch::autograd::grad({values.back().sum()}, {x})[0]);
       EXPECT_TRUE(at::equal(values.back(), values.front()));
       EXPECT_TRUE(at::equal(gradients.back(), gradients.front()));
     }
   }
-  at::set_num_threads(before);
 }
 
 TEST(Gelu, KnowsTheEnds) {

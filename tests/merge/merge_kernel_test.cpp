@@ -1,6 +1,5 @@
 // The merge kernel against sums in long double: every size, dtype, instruction set and number of threads.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <lora/merge/merge.h>
@@ -19,6 +18,7 @@
 
 #include "harness/dense_oracle.h"
 #include "harness/instruction_sets.h"
+#include "harness/num_threads.h"
 #include "harness/values.h"
 
 namespace merge_kernel_test {
@@ -142,10 +142,9 @@ TEST_P(MergeShape, RoundsOnce) {
 }
 
 TEST_P(MergeShape, IsTheSameOnOneThreadAndOnTwo) {
-  const auto threads = at::get_num_threads();
   std::vector<at::Tensor> results;
   for (const int count : {1, 2}) {
-    at::set_num_threads(count);
+    const harness::NumThreads guard(count);
     std::vector<std::unique_ptr<MergeJob>> jobs;
     jobs.push_back(make_job(shape(), dtype()));
     jobs.push_back(make_job(kShapes[6], dtype()));
@@ -153,7 +152,6 @@ TEST_P(MergeShape, IsTheSameOnOneThreadAndOnTwo) {
     results.push_back(jobs[0]->merged);
     results.push_back(jobs[1]->merged);
   }
-  at::set_num_threads(threads);
   EXPECT_TRUE(at::equal(results[0], results[2]));
   EXPECT_TRUE(at::equal(results[1], results[3]));
 }

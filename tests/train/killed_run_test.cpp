@@ -1,5 +1,4 @@
 // A run that is killed again and again, also while it saves, ends bitwise where the uninterrupted run ends.
-#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "harness/child_process.h"
+#include "harness/num_threads.h"
 #include "harness/temp_folder.h"
 #include "train/training.h"
 
@@ -22,7 +22,7 @@ constexpr const char* kStateVariable = "LORA_TEST_KILLED_RUN";
 
 /// The state after the last step, from the file or from the beginning, saved at each step.
 void train(const std::string& path) {
-  at::set_num_threads(1);
+  const harness::NumThreads guard(1);
   torch::manual_seed(17);
   harness::Choices choices;
   choices.schedule.total_steps(kSteps);

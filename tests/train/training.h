@@ -23,14 +23,15 @@ namespace harness {
 using MakeOptimizer = std::function<std::unique_ptr<torch::optim::Optimizer>(const lora::Adapters&)>;
 
 template <class Optimizer, class Options>
-MakeOptimizer maker(const Options& options, double lr_ratio = 1) {
+MakeOptimizer optimizer_maker(const Options& options, double lr_ratio = 1) {
   return [=](const lora::Adapters& adapters) -> std::unique_ptr<torch::optim::Optimizer> {
     auto groups = lora::param_groups(adapters, options, lora::LoraPlusOptions().lr_ratio(lr_ratio));
     return std::make_unique<Optimizer>(std::move(groups), options);
   };
 }
 
-inline const MakeOptimizer kAdamW = maker<torch::optim::AdamW>(torch::optim::AdamWOptions(0.03).weight_decay(0.1), 16);
+inline const MakeOptimizer kAdamW =
+    optimizer_maker<torch::optim::AdamW>(torch::optim::AdamWOptions(0.03).weight_decay(0.1), 16);
 
 inline lora::ScheduleOptions cosine() {
   return lora::ScheduleOptions().type(lora::ScheduleType::kCosine).warmup_steps(2).total_steps(8);

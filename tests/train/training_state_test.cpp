@@ -1,6 +1,5 @@
 // A run that is stopped and continued ends bitwise where the uninterrupted run ends; a file of another run is refused.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <lora/lora.h>
@@ -25,6 +24,7 @@
 #include <vector>
 
 #include "harness/damage.h"
+#include "harness/num_threads.h"
 #include "harness/problems_of.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
@@ -37,7 +37,7 @@ namespace {
 using harness::Choices;
 using harness::kAdamW;
 using harness::MakeOptimizer;
-using harness::maker;
+using harness::optimizer_maker;
 using harness::problems_of;
 using harness::Training;
 
@@ -48,8 +48,6 @@ using ::testing::UnorderedElementsAre;
 
 class TrainingState : public ::testing::Test {
  protected:
-  void SetUp() override { at::set_num_threads(1); }
-
   /// A file of another run is refused with these problems, and nothing of the run changes.
   template <class Matcher>
   void expect_refused(Training& training, const Matcher& problems) const {
@@ -60,6 +58,9 @@ class TrainingState : public ::testing::Test {
 
   TempFolder folder;
   std::string path = folder / "run.safetensors";
+
+ private:
+  const harness::NumThreads one_thread_{1};
 };
 
 TEST_F(TrainingState, AfterEveryStepEndsWhereTheUninterruptedRunEnds) {
@@ -90,13 +91,13 @@ TEST_F(TrainingState, AfterEveryStepEndsWhereTheUninterruptedRunEnds) {
 TEST_F(TrainingState, ContinuesEveryOptimizerOfLibTorch) {
   using namespace torch::optim;
   const std::map<std::string, MakeOptimizer> optimizers{
-      {"Adam", maker<Adam>(AdamOptions(0.02).amsgrad(true).weight_decay(0.1), 4)},
-      {"AdamW", maker<AdamW>(AdamWOptions(0.02).betas({0.8, 0.95}), 4)},
-      {"SGD", maker<SGD>(SGDOptions(0.05), 4)},
-      {"SGD with momentum", maker<SGD>(SGDOptions(0.05).momentum(0.9).nesterov(true), 4)},
-      {"RMSprop", maker<RMSprop>(RMSpropOptions(0.01).momentum(0.5).centered(true), 4)},
-      {"Adagrad", maker<Adagrad>(AdagradOptions(0.05).lr_decay(0.1).initial_accumulator_value(0.2), 4)},
-      {"LBFGS", maker<LBFGS>(LBFGSOptions(0.1).max_iter(3).line_search_fn("strong_wolfe"))}};
+      {"Adam", optimizer_maker<Adam>(AdamOptions(0.02).amsgrad(true).weight_decay(0.1), 4)},
+      {"AdamW", optimizer_maker<AdamW>(AdamWOptions(0.02).betas({0.8, 0.95}), 4)},
+      {"SGD", optimizer_maker<SGD>(SGDOptions(0.05), 4)},
+      {"SGD with momentum", optimizer_maker<SGD>(SGDOptions(0.05).momentum(0.9).nesterov(true), 4)},
+      {"RMSprop", optimizer_maker<RMSprop>(RMSpropOptions(0.01).momentum(0.5).centered(true), 4)},
+      {"Adagrad", optimizer_maker<Adagrad>(AdagradOptions(0.05).lr_decay(0.1).initial_accumulator_value(0.2), 4)},
+      {"LBFGS", optimizer_maker<LBFGS>(LBFGSOptions(0.1).max_iter(3).line_search_fn("strong_wolfe"))}};
   for (const auto& [name, optimizer] : optimizers) {
     Choices choices;
     choices.optimizer = optimizer;
@@ -147,7 +148,7 @@ TEST_F(TrainingState, GoesByNamesNotByPositions) {
 
 TEST_F(TrainingState, RefusesAnotherOrderWhereTheOptimizerHasOneStateForAll) {
   Choices choices;
-  choices.optimizer = maker<torch::optim::LBFGS>(torch::optim::LBFGSOptions(0.1).max_iter(2));
+  choices.optimizer = optimizer_maker<torch::optim::LBFGS>(torch::optim::LBFGSOptions(0.1).max_iter(2));
   Training whole(choices);
   whole.steps(2);
   whole.state.save(path);
@@ -336,7 +337,7 @@ TEST_F(TrainingState, NamesEverythingThatIsOfAnotherRun) {
   choices.schedule.warmup_steps(3);
   choices.base_seed = 6;
   choices.seed = 2;
-  choices.optimizer = maker<torch::optim::AdamW>(torch::optim::AdamWOptions(0.04), 16);
+  choices.optimizer = optimizer_maker<torch::optim::AdamW>(torch::optim::AdamWOptions(0.04), 16);
   Training other(choices);
   other.adapters->set_active({"default"});
   const std::string node = ".lora_default.lora_";
@@ -359,7 +360,7 @@ TEST_F(TrainingState, RefusesAnotherBaseLearningRate) {
   saved.steps(2);
   saved.state.save(path);
   Choices choices;
-  choices.optimizer = maker<torch::optim::AdamW>(torch::optim::AdamWOptions(0.03).weight_decay(0.1), 8);
+  choices.optimizer = optimizer_maker<torch::optim::AdamW>(torch::optim::AdamWOptions(0.03).weight_decay(0.1), 8);
   Training other(choices);
   expect_refused(other, ElementsAre("found the base learning rate 0.48, expected 0.24 for the parameter group of "
                                     "up.lora_default.lora_B"));
@@ -370,10 +371,10 @@ TEST_F(TrainingState, RefusesAnotherOptimizerAndOtherGroups) {
   saved.steps(2);
   saved.state.save(path);
   Choices choices;
-  choices.optimizer = maker<torch::optim::Adam>(torch::optim::AdamOptions(0.03), 16);
+  choices.optimizer = optimizer_maker<torch::optim::Adam>(torch::optim::AdamOptions(0.03), 16);
   Training adam(choices);
   expect_refused(adam, ElementsAre("found \"torch::optim::AdamW\", expected \"torch::optim::Adam\" for optimizer"));
-  choices.optimizer = maker<torch::optim::AdamW>(torch::optim::AdamWOptions(0.03), 1);
+  choices.optimizer = optimizer_maker<torch::optim::AdamW>(torch::optim::AdamWOptions(0.03), 1);
   Training one_group(choices);
   expect_refused(one_group, ::testing::Contains(HasSubstr("found 2 parameter groups, expected 1")));
   choices.optimizer = [](const lora::Adapters& adapters) {

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "harness/dense_oracle.h"
+#include "harness/num_threads.h"
 #include "harness/operators.h"
 #include "harness/values.h"
 
@@ -249,14 +250,12 @@ TEST(DropoutOfProducts, DropsEachElementWithItsProbability) {
 }
 
 TEST(DropoutOfProducts, IsTheSameWithAnyNumberOfThreads) {
-  const int threads = at::get_num_threads();
   const auto x = harness::normal({300, 257}, 1, at::kFloat);
   const Dropout dropout(0.3, x);
-  at::set_num_threads(1);
+  const harness::NumThreads guard(1);
   const auto once = dropout.apply(x);
   at::set_num_threads(3);
   EXPECT_TRUE(at::equal(dropout.apply(x), once));
-  at::set_num_threads(threads);
 }
 
 TEST(DropoutOfProducts, DrawsPhilox) {

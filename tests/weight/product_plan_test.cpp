@@ -10,6 +10,7 @@
 
 #include "harness/dense_oracle.h"
 #include "harness/memory.h"
+#include "harness/num_threads.h"
 #include "harness/values.h"
 
 namespace product_plan_test {
@@ -65,10 +66,8 @@ TEST_F(ProductPlanTest, TellsLayoutsDtypesAndThreadsApart) {
   plan_.choose(64, matrix(512, 256, at::kBFloat16));
   const auto expected = lora::detail::onednn_has(at::kBFloat16) ? 4U : 3U;
   EXPECT_EQ(plan_.choices().size(), expected);
-  const int threads = at::get_num_threads();
-  at::set_num_threads(threads == 1 ? 2 : 1);
+  const harness::NumThreads guard(at::get_num_threads() == 1 ? 2 : 1);
   plan_.choose(64, matrix(512, 256));
-  at::set_num_threads(threads);
   EXPECT_EQ(plan_.choices().size(), expected + 1);
 }
 

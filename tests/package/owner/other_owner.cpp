@@ -23,6 +23,6 @@ TORCH_LIBRARY(lora, library) {
 
 namespace other_owner {
 
-bool is_loaded() { return true; }
+const char* expected_error() { return EXPECTED_ERROR; }
 
 }  // namespace other_owner

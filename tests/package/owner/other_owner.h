@@ -3,7 +3,7 @@
 
 namespace other_owner {
 
-/// Keeps the library linked: its registration runs when it is loaded.
-[[gnu::visibility("default")]] bool is_loaded();
+/// What lora says beside this library.
+[[gnu::visibility("default")]] const char* expected_error();
 
 }  // namespace other_owner
