@@ -62,7 +62,7 @@ Trainable make_trainable(GPT2LMHeadModel& model, const Options& options) {
   std::cout << adapters.report() << '\n';
   const auto ratio = options.method == Method::kLoraPlus ? options.lora_plus_ratio : 1.0;
   auto groups = lora::param_groups(adapters, adamw, lora::LoraPlusOptions().lr_ratio(ratio));
-  return {adapters, std::make_unique<torch::optim::AdamW>(std::move(groups), adamw)};
+  return {adapters, std::make_unique<torch::optim::AdamW>(std::move(groups))};
 }
 
 torch::Tensor logits_of(GPT2LMHeadModel& model, const Batch& batch) {

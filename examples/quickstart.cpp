@@ -29,8 +29,7 @@ int main() {
 
   auto adapters = lora::inject(net, lora::LoraConfig().r(4).lora_alpha(8).target_modules({"hidden", "output"}));
   std::cout << adapters.report() << '\n';
-  auto options = torch::optim::AdamWOptions(1e-2);
-  torch::optim::AdamW optimizer(lora::param_groups(adapters, options), options);
+  torch::optim::AdamW optimizer(lora::param_groups(adapters, torch::optim::AdamWOptions(1e-2)));
   std::cout << "adapted, sin(x + 1): " << train(net, std::move(optimizer), 1.0) << '\n';
 
   adapters.save("quickstart_adapter");  // a directory that Python PEFT loads

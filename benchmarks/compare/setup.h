@@ -58,8 +58,7 @@ inline Adapted make_adapted(const GPT2Config& config, std::int64_t rank) {
 }
 
 inline torch::optim::AdamW make_optimizer(const lora::Adapters& adapters) {
-  const auto options = torch::optim::AdamWOptions(1e-3);
-  return torch::optim::AdamW(lora::param_groups(adapters, options), options);
+  return torch::optim::AdamW(lora::param_groups(adapters, torch::optim::AdamWOptions(1e-3)));
 }
 
 /// [sequences, length]

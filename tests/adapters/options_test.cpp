@@ -183,8 +183,7 @@ TEST_P(Option, ClonesTrainsAndVerifies) {
   const auto report = adapters.verify([&] { return output(); });
   EXPECT_TRUE(report.ok()) << report;
   const auto before = harness::base_bytes(*model_.module);
-  auto options = torch::optim::AdamWOptions(1e-2);
-  torch::optim::AdamW optimizer(lora::param_groups(adapters, options), options);
+  torch::optim::AdamW optimizer(lora::param_groups(adapters, torch::optim::AdamWOptions(1e-2)));
   const auto start = output().detach();
   for (int step = 0; step < 3; ++step) {
     optimizer.zero_grad();

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <lora/lora.h>
+#include <torch/optim/adam.h>
 #include <torch/optim/adamw.h>
 #include <torch/optim/sgd.h>
 
@@ -45,6 +46,17 @@ TEST(ParamGroups, CarryEveryOption) {
   // The first group is A, [r, in]; the second B, [out, r].
   EXPECT_EQ(groups[0].params()[0].size(0), 3);
   EXPECT_EQ(groups[1].params()[0].size(1), 3);
+}
+
+// From LibTorch 2.15 on an optimizer overwrites what in a group is as in its options' constructor: here 1e-3 and 0.
+TEST(ParamGroups, ReachTheOptimizerAsTheyAre) {
+  const auto options = torch::optim::AdamOptions(1e-3 / 16).weight_decay(0.25);
+  torch::optim::Adam optimizer(
+      lora::param_groups({{"factor", at::ones({2, 3}).requires_grad_(), lora::TensorRole::kOutput},
+                          {"gain", at::ones({3}).requires_grad_(), lora::TensorRole::kInput}},
+                         options, lora::LoraPlusOptions().lr_ratio(16)));
+  EXPECT_EQ(optimizer.param_groups()[0].options().get_lr(), 1e-3);
+  EXPECT_EQ(static_cast<torch::optim::AdamOptions&>(optimizer.param_groups()[1].options()).weight_decay(), 0);
 }
 
 TEST(ParamGroups, OfPlainLoraAreOne) {
@@ -180,7 +192,7 @@ TEST_P(GoldenStep, IsThatOfPython) {
 
   const auto options = torch::optim::AdamWOptions(1e-3).weight_decay(0.01);
   torch::optim::AdamW optimizer(
-      lora::param_groups(adapters, options, lora::LoraPlusOptions().lr_ratio(GetParam().ratio)), options);
+      lora::param_groups(adapters, options, lora::LoraPlusOptions().lr_ratio(GetParam().ratio)));
   optimizer.step();
   for (const auto& [name, tensor] : adapters.named_parameters()) {
     auto key = name;  // "up.lora_default.lora_A" is "up.lora_A" in the file

@@ -35,7 +35,7 @@ torch::optim::SGD optimizer_of(const std::vector<double>& lrs) {
     groups.emplace_back(std::vector<at::Tensor>{at::zeros({2}).requires_grad_(true)},
                         std::make_unique<torch::optim::SGDOptions>(lr));
   }
-  return torch::optim::SGD(groups, torch::optim::SGDOptions(1));
+  return torch::optim::SGD(groups, torch::optim::SGDOptions(1e-3));
 }
 
 TEST(Schedule, IsThatOfTransformers) {
@@ -72,7 +72,7 @@ TEST(Schedule, KeepsTheRatioOfLoraPlus) {
   Mlp model;
   const auto adapters = lora::inject(*model, lora::LoraConfig().target_modules({"up"}));
   const auto adamw = torch::optim::AdamWOptions(1e-3);
-  torch::optim::AdamW optimizer(lora::param_groups(adapters, adamw, lora::LoraPlusOptions().lr_ratio(16)), adamw);
+  torch::optim::AdamW optimizer(lora::param_groups(adapters, adamw, lora::LoraPlusOptions().lr_ratio(16)));
   lora::Schedule schedule(optimizer,
                           lora::ScheduleOptions().type(lora::ScheduleType::kCosine).warmup_steps(2).total_steps(9));
   EXPECT_EQ(rates(optimizer), (std::vector<double>{0, 0}));

@@ -186,7 +186,7 @@ TEST_F(TrainingState, ContinuesATorchScriptModel) {
     Script()
         : model(torch::jit::load(LORA_SOURCE_DIR "/tests/golden/script/mlp_scripted.pt")),
           adapters(lora::inject(model, Choices().config)),
-          optimizer(lora::param_groups(adapters, torch::optim::AdamWOptions(0.1)), torch::optim::AdamWOptions(0.1)) {
+          optimizer(lora::param_groups(adapters, torch::optim::AdamWOptions(0.1))) {
       state.adapters(adapters).optimizer(optimizer);
     }
     void steps(int count) {

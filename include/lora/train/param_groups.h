@@ -51,7 +51,9 @@ void leave_out_decay(Options&, long) {}
 
 /// Parameter groups of the given tensors, named by their paths, for any of LibTorch's optimizers; none is empty, and
 /// they keep the tensors' order. Every group carries all of `options`, which LibTorch would otherwise forget, but no
-/// weight decay where its tensors are vectors.
+/// weight decay where its tensors are vectors. Give an optimizer no options beside the groups (SGD, which needs some,
+/// the rate 1e-3): LibTorch 2.15's takes them for whatever in a group is as the options' constructor leaves it, set or
+/// not.
 ///
 /// Throws c10::ValueError for a ratio or learning rate out of range and for an override that names no tensor.
 template <class Options>
