@@ -282,7 +282,7 @@ TEST_F(Programs, QuickstartLearnsMergesAndSaves) {
 TEST_F(Programs, TheReadmeHoldsTheQuickstart) {
   const auto program = read_bytes(LORA_SOURCE_DIR "/examples/quickstart.cpp");
   EXPECT_THAT(read_bytes(LORA_SOURCE_DIR "/README.md"), HasSubstr("```cpp\n" + program + "```\n"));
-  EXPECT_EQ(std::count(program.begin(), program.end(), '\n'), 40);
+  EXPECT_LE(std::count(program.begin(), program.end(), '\n'), 40);
 }
 
 using DefaultRun = ProgramRuns;
