@@ -105,8 +105,8 @@ def growth(arguments):
         return min(train_on(arguments, model, [{"input_ids": ids, "labels": ids}] * arguments.steps)["seconds"])
 
     return {"rank": [[rank, seconds(rank, 512, 12)] for rank in (1, 4, 16, 64, 256)],
-            "tokens": [[tokens, seconds(8, tokens, 12)] for tokens in (64, 128, 256, 512, 1024, 2048, 4096)],
-            "layers": [[layers, seconds(8, 512, layers)] for layers in (1, 2, 4, 8, 16)]}
+            "tokens": [[tokens, seconds(8, tokens, 12)] for tokens in (64, 256, 1024, 4096)],
+            "layers": [[layers, seconds(8, 512, layers)] for layers in (1, 4, 16)]}
 
 
 def merge(arguments):
