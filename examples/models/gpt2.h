@@ -240,17 +240,22 @@ TORCH_MODULE(GPT2Model);
 /// A linear layer without bias whose weight is another module's parameter.
 struct TiedLinearImpl : torch::nn::LinearImpl {
   explicit TiedLinearImpl(const torch::Tensor& shared)
-      : LinearImpl(torch::nn::LinearOptions(shared.size(1), shared.size(0)).bias(false)) {
+      // One number, as the constructor draws a weight that is replaced at once.
+      : LinearImpl(torch::nn::LinearOptions(1, 1).bias(false)) {
+    options = torch::nn::LinearOptions(shared.size(1), shared.size(0)).bias(false);
     weight = parameters_["weight"] = shared;
   }
 };
 TORCH_MODULE(TiedLinear);
 
+/// What the weights of a new GPT-2 hold: GPT-2's random start, or whatever is cheapest, as they are about to be loaded.
+enum class GPT2Start { kRandom, kToBeLoaded };
+
 /// GPT-2 with its language model head, parameter names as Hugging Face's GPT2LMHeadModel; it has no dropout of its own.
 struct GPT2LMHeadModelImpl : torch::nn::Module {
-  explicit GPT2LMHeadModelImpl(const GPT2Config& gpt2_config)
+  explicit GPT2LMHeadModelImpl(const GPT2Config& gpt2_config, GPT2Start start = GPT2Start::kRandom)
       : config(gpt2_config), transformer(register_module("transformer", GPT2Model(gpt2_config))) {
-    initialize();
+    if (start == GPT2Start::kRandom) initialize();
     lm_head = register_module("lm_head", TiedLinear(transformer->wte->weight));
   }
 

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "file_error.h"   // defines: FileError, read_file
-#include "models/gpt2.h"  // defines: GPT2Config, GPT2LMHeadModel
+#include "models/gpt2.h"  // defines: GPT2Config, GPT2LMHeadModel, GPT2Start
 
 namespace gpt2_detail {
 
@@ -119,7 +119,7 @@ inline GPT2LMHeadModel load_gpt2(const std::string& directory) {
     throw FileError(path, {"found no " + last_layer + ", expected n_layer = " + std::to_string(config.n_layer) +
                            " layers (config.json)"});
   }
-  GPT2LMHeadModel model(config);
+  GPT2LMHeadModel model(config, GPT2Start::kToBeLoaded);
   torch::NoGradGuard no_grad;
   for (auto& parameter : model->transformer->named_parameters()) {
     const auto name = "transformer." + parameter.key();
