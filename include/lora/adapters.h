@@ -2,6 +2,7 @@
 
 #include <lora/config/lora_config.h>
 #include <lora/detail/error.h>
+#include <lora/inject/eva.h>
 #include <lora/inject/find.h>
 #include <lora/inject/inject_options.h>
 #include <lora/inject/model_adapters.h>
@@ -68,12 +69,11 @@ class Adapters {
   /// Chooses the adapters that get gradients, apart from what is active.
   void set_trainable(const std::vector<std::string>& names);
 
-  /// Adds another adapter, neither active nor trainable.
+  /// Adds another adapter, neither active nor trainable; of the options the data of its start are used.
   template <class Config>
-  void add(const Config& config, const std::string& name) {
-    const auto method = std::make_shared<const typename Config::Method>(config);
+  void add(const Config& config, const std::string& name, const InjectOptions& options = {}) {
     const auto lock = state().change("add");
-    state().add(method, name);
+    detail::add_adapter(state(), config, name, options);
   }
   /// Adds an adapter from a PEFT directory, neither active nor trainable. Throws a FormatError with every mismatch.
   void load(const std::string& directory, const std::string& name, const LoadOptions& options = {});
@@ -159,9 +159,8 @@ class DisableAdapters {
 template <class Model, class Config>
 Adapters inject(Model& model, const Config& config, const std::string& name = "default",
                 const InjectOptions& options = {}) {
-  const auto method = std::make_shared<const typename Config::Method>(config);
   const auto state = detail::open_model(model);
-  state->add(method, name);
+  detail::add_adapter(*state, config, name, options);
   detail::accelerate_by_default(*state, options.accelerate());
   state->install({name}, {});
   state->set_trainable({name});
@@ -221,10 +220,10 @@ std::vector<torch::optim::OptimizerParamGroup> param_groups(const Adapters& adap
 
 namespace detail {
 
-inline void leave_out_buffers(std::vector<UpdateTensor>& tensors) {
-  tensors.erase(std::remove_if(tensors.begin(), tensors.end(),
-                               [](const UpdateTensor& named) { return named.role == TensorRole::kBuffer; }),
-                tensors.end());
+inline void leave_out_untrained(std::vector<UpdateTensor>& tensors) {
+  tensors.erase(
+      std::remove_if(tensors.begin(), tensors.end(), [](const UpdateTensor& named) { return !is_trained(named.role); }),
+      tensors.end());
 }
 
 }  // namespace detail
@@ -238,7 +237,7 @@ inline InjectionReport Adapters::report(const std::string& name) const {
     if (parameter.requires_grad()) report.trainable_parameters += parameter.numel();
   }
   for (const auto& named : tensors([](const std::string&) { return true; })) {
-    if (named.role == TensorRole::kBuffer) continue;
+    if (!is_trained(named.role)) continue;
     report.total_parameters += named.tensor.numel();
     if (named.tensor.requires_grad()) report.trainable_parameters += named.tensor.numel();
   }
@@ -247,6 +246,7 @@ inline InjectionReport Adapters::report(const std::string& name) const {
 
 inline std::vector<UpdateTensor> Adapters::tensors(const std::function<bool(const std::string&)>& chosen) const {
   std::vector<UpdateTensor> result;
+  std::set<const c10::TensorImpl*> shared;  // by several weights: listed once
   for (const auto& adapter : state().adapters()) {
     if (!chosen(adapter.name)) continue;
     for (const auto& site : state().sites()) {
@@ -254,6 +254,8 @@ inline std::vector<UpdateTensor> Adapters::tensors(const std::function<bool(cons
       if (updates == nullptr) continue;
       const auto node = detail::join_path(site.module_path, detail::ModelAdapters::node_name(adapter.name));
       for (auto& [child, named] : updates->tensors()) {
+        const bool frozen = named.role == TensorRole::kFrozen;
+        if (frozen && !shared.insert(named.tensor.unsafeGetTensorImpl()).second) continue;
         named.name = detail::join_path(detail::join_path(node, child), named.name);
         result.push_back(std::move(named));
       }
@@ -265,7 +267,7 @@ inline std::vector<UpdateTensor> Adapters::tensors(const std::function<bool(cons
 inline std::vector<UpdateTensor> Adapters::trainable_tensors() const {
   const auto names = trainable();
   auto result = tensors([&](const std::string& name) { return detail::contains(names, name); });
-  detail::leave_out_buffers(result);
+  detail::leave_out_untrained(result);
   return result;
 }
 
@@ -453,7 +455,7 @@ inline VerifyReport Adapters::verify(const std::function<at::Tensor()>& forward)
   }
   const auto active = state().active();
   auto moved = tensors([&](const std::string& name) { return detail::contains(active, name); });
-  detail::leave_out_buffers(moved);
+  detail::leave_out_untrained(moved);
   return detail::verify(moved, forward, [this] { state().announce_gradients(); });
 }
 

@@ -5,13 +5,13 @@
 #define LORA_VERSION_PATCH 0
 
 /// Number of the memory layout that the libraries of one process have to share; raised with every change of it.
-#define LORA_ABI 2
+#define LORA_ABI 3
 
 // The inline namespace keeps the symbols of two layouts apart; registrar.h turns their meeting in one process into an
 // error that names both.
 #define LORA_NAMESPACE_BEGIN \
   namespace lora {           \
-  inline namespace abi2 {
+  inline namespace abi3 {
 #define LORA_NAMESPACE_END \
-  } /* abi2 */             \
+  } /* abi3 */             \
   } /* lora */

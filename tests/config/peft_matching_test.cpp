@@ -56,7 +56,7 @@ std::shared_ptr<torch::nn::Module> make_model() {
 lora::LoraConfig make_config(Json json) {
   json["peft_type"] = "LORA";
   std::vector<std::string> problems;
-  const auto config = lora::detail::LoraConfigReader(json, problems).read();
+  const auto config = lora::detail::read_config<lora::LoraConfig>(json, problems);
   TORCH_CHECK_VALUE(problems.empty(), problems.empty() ? "" : problems.front());
   return config;
 }

@@ -4,7 +4,7 @@
 #include <c10/util/Exception.h>
 #include <lora/detail/error.h>
 #include <lora/inject/copy_planner.h>
-#include <lora/io/lora_config_json.h>
+#include <lora/io/config_json.h>
 #include <lora/methods/lora.h>
 
 #include <cstddef>
@@ -15,12 +15,10 @@
 
 namespace {
 
-using lora::detail::LoraConfigReader;
-
 lora::LoraConfig read(const std::string& text) {
   std::vector<std::string> problems;
   const auto json = lora::detail::parse_object(text, "input");
-  auto config = LoraConfigReader(json, problems).read();
+  auto config = lora::detail::read_config<lora::LoraConfig>(json, problems);
   if (!problems.empty()) throw lora::FormatError("input", problems);
   return config;
 }
@@ -46,7 +44,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   } catch (const c10::ValueError&) {
     return 0;
   }
-  const auto text = lora::detail::lora_config_json(config).dump();
-  if (lora::detail::lora_config_json(read(text)).dump() != text) std::abort();
+  const auto text = lora::detail::config_json(config).dump();
+  if (lora::detail::config_json(read(text)).dump() != text) std::abort();
   return 0;
 }

@@ -5,7 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <lora/config/lora_config.h>
 #include <lora/io/checksum.h>
-#include <lora/io/lora_config_json.h>
+#include <lora/io/config_json.h>
 #include <lora/io/safetensors.h>
 #include <lora/io/torch_pickle.h>
 
@@ -52,7 +52,7 @@ void safetensors(const fs::path& folder) {
 
 void configurations(const fs::path& folder) {
   const auto save = [&](const std::string& name, const lora::LoraConfig& config) {
-    write(folder / name, lora::detail::lora_config_json(config).dump());
+    write(folder / name, lora::detail::config_json(config).dump());
   };
   save("defaults", lora::LoraConfig());
   save("list", lora::LoraConfig().r(3).lora_alpha(7).target_modules({"c_attn[q,v]", "h.0.fc"}).exclude_modules({"x"}));

@@ -19,8 +19,8 @@ class WrappedUpdate : public lora::Update {
   int64_t in_features() const override { return update_->in_features(); }
   int64_t out_features() const override { return update_->out_features(); }
   std::vector<lora::UpdateTensor> tensors() const override { return update_->tensors(); }
-  lora::LowRank low_rank() const override { return update_->low_rank(); }
-  std::shared_ptr<lora::Update> clone(at::Device device) const override { return update_->clone(device); }
+  lora::Factors factors(const lora::BaseRows& base) const override { return update_->factors(base); }
+  std::shared_ptr<lora::Update> clone(const lora::TensorCopier& copy) const override { return update_->clone(copy); }
 
  private:
   std::shared_ptr<lora::Update> update_;
@@ -42,6 +42,7 @@ class WrappedLora final : public lora::Method {
   std::shared_ptr<lora::Update> create(const lora::UpdateSpec& spec) const override {
     return wrap_(lora_.create(spec));
   }
+  const char* prefix() const override { return lora_.prefix(); }
   double dropout() const override { return lora_.dropout(); }
   at::ScalarType tensor_dtype(at::ScalarType base) const override { return lora_.tensor_dtype(base); }
 

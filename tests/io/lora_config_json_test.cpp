@@ -1,7 +1,7 @@
 // Configurations that Python PEFT wrote (tests/golden/configs), and what the library writes of its own.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <lora/io/lora_config_json.h>
+#include <lora/io/config_json.h>
 
 #include <string>
 #include <vector>
@@ -24,7 +24,7 @@ struct Result {
 
 Result read(const Json& json) {
   Result result;
-  result.config = lora::detail::LoraConfigReader(json, result.problems).read();
+  result.config = lora::detail::read_config<lora::LoraConfig>(json, result.problems);
   return result;
 }
 
@@ -74,7 +74,11 @@ TEST(LoraConfigJson, TakesWhatOtherProgramsWrite) {
 }
 
 TEST(LoraConfigJson, RefusesByNameWhatItDoesNotCompute) {
-  EXPECT_THAT(read(golden("beyond_lora")).problems, ::testing::ElementsAre(HasSubstr("use_dora")));
+  auto beyond = golden("beyond_lora");
+  EXPECT_THAT(read(beyond).problems, IsEmpty());
+  EXPECT_TRUE(read(beyond).config.use_dora());
+  beyond["use_bdlora"] = {{"nblocks", 2}};
+  EXPECT_THAT(read(beyond).problems, ::testing::ElementsAre(HasSubstr("use_bdlora")));
   const auto replicated =
       Json{{"peft_type", "LORA"}, {"target_modules", {"up"}}, {"layer_replication", {{0, 2}, {1, 3}}}};
   EXPECT_THAT(read(replicated).problems,
@@ -105,9 +109,9 @@ TEST(LoraConfigJson, WritesWhatItReads) {
                           .revision("main")
                           .auto_mapping("{\"base_model_class\":\"Net\"}")
                           .fused_parts("c_attn", {{"q", 8}, {"k", 2}, {"v", 2}});
-  EXPECT_EQ(lora::detail::lora_config_json(config),
-            lora::detail::lora_config_json(read(lora::detail::lora_config_json(config)).config));
-  const auto result = read(Json::parse(lora::detail::lora_config_json(config).dump()));
+  EXPECT_EQ(lora::detail::config_json(config),
+            lora::detail::config_json(read(lora::detail::config_json(config)).config));
+  const auto result = read(Json::parse(lora::detail::config_json(config).dump()));
   EXPECT_THAT(result.problems, IsEmpty());
   const auto& read_back = result.config;
   EXPECT_EQ(read_back.r(), 5);
@@ -124,8 +128,8 @@ TEST(LoraConfigJson, WritesWhatItReads) {
 }
 
 TEST(LoraConfigJson, AWholeAlphaIsWrittenWithoutAPoint) {
-  EXPECT_EQ(lora::detail::lora_config_json(LoraConfig().lora_alpha(16))["lora_alpha"].dump(), "16");
-  EXPECT_EQ(lora::detail::lora_config_json(LoraConfig().lora_alpha(0.5))["lora_alpha"].dump(), "0.5");
+  EXPECT_EQ(lora::detail::config_json(LoraConfig().lora_alpha(16))["lora_alpha"].dump(), "16");
+  EXPECT_EQ(lora::detail::config_json(LoraConfig().lora_alpha(0.5))["lora_alpha"].dump(), "0.5");
 }
 
 TEST(LoraConfigJson, EveryProblemIsTold) {

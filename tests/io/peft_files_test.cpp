@@ -301,15 +301,14 @@ TEST_F(PeftFolder, WithAPatternThatOnlyPythonReadsGoesByItsTensors) {
 }
 
 TEST_F(PeftFolder, WithKeysThatChangeTheMeaning) {
-  const std::vector<std::pair<std::string, json>> keys = {{"use_dora", true},
-                                                          {"bias", "some"},
+  const std::vector<std::pair<std::string, json>> keys = {{"bias", "some"},
                                                           {"use_qalora", true},
                                                           {"layer_replication", {{0, 2}}},
                                                           {"target_parameters", {"up.weight"}},
                                                           {"layers_to_transform", "1"},
                                                           {"trainable_token_indices", {{"wte", 1}}},
                                                           {"alora_invocation_tokens", {3}},
-                                                          {"init_lora_weights", "pissa"},
+                                                          {"init_lora_weights", "corda"},
                                                           {"a_key_of_tomorrow", 1},
                                                           {"another_of_tomorrow", "on"}};
   edit_config([&](json& config) {
@@ -322,11 +321,9 @@ TEST_F(PeftFolder, WithKeysThatChangeTheMeaning) {
 
 TEST_F(PeftFolder, WithOptionsWhoseTensorsTheFileLacks) {
   const auto good = read_bytes(folder_ / "adapter_config.json");
-  const std::vector<std::pair<std::string, json>> options = {{"bias", "all"},
-                                                             {"bias", "lora_only"},
-                                                             {"lora_bias", true},
-                                                             {"modules_to_save", {"up"}},
-                                                             {"trainable_token_indices", {1, 2}}};
+  const std::vector<std::pair<std::string, json>> options = {
+      {"bias", "all"},    {"bias", "lora_only"},       {"lora_bias", true},
+      {"use_dora", true}, {"modules_to_save", {"up"}}, {"trainable_token_indices", {1, 2}}};
   for (const auto& [key, value] : options) {
     write_bytes(folder_ / "adapter_config.json", good);
     edit_config([&, key = key, value = value](json& config) { config[key] = value; });

@@ -126,7 +126,8 @@ TEST(MergedGolden, EveryAdapterOfTheOptionsIsTested) {
   for (const auto& entry : std::filesystem::recursive_directory_iterator(kGolden)) {
     if (entry.path().filename() != "adapter_config.json") continue;
     const auto folder = std::filesystem::relative(entry.path().parent_path(), kGolden).string();
-    if (folder.rfind("configs/", 0) != 0) found.insert(folder);
+    // Those of other methods are tested beside them.
+    if (folder.rfind("configs/", 0) != 0 && folder.rfind("methods/", 0) != 0) found.insert(folder);
   }
   EXPECT_EQ(tested, found);
 }

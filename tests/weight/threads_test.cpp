@@ -161,9 +161,9 @@ class GatedUpdate final : public harness::WrappedUpdate {
  public:
   GatedUpdate(std::shared_ptr<lora::Update> update, std::shared_ptr<Gate> gate)
       : WrappedUpdate(std::move(update)), gate_(std::move(gate)) {}
-  lora::LowRank low_rank() const override {
+  lora::Factors factors(const lora::BaseRows& base) const override {
     gate_->pass();
-    return WrappedUpdate::low_rank();
+    return WrappedUpdate::factors(base);
   }
 
  private:

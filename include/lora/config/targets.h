@@ -5,6 +5,7 @@
 #include <lora/version.h>
 
 #include <algorithm>
+#include <array>
 #include <cctype>
 #include <cstdint>
 #include <functional>
@@ -26,6 +27,19 @@ struct Module;
 }  // namespace torch
 
 LORA_NAMESPACE_BEGIN
+
+namespace detail {
+
+/// A path as a regular expression that matches nothing else.
+inline std::string escaped(const std::string& path) {
+  std::string result;
+  for (const char c : path) {
+    result += (std::isalnum(static_cast<unsigned char>(c)) || c == '_' ? "" : "\\") + std::string(1, c);
+  }
+  return result;
+}
+
+}  // namespace detail
 
 /// A named range of rows of a fused projection, for instance {"q", 768}; the ranges follow each other from row 0.
 struct FusedPart {
@@ -198,6 +212,9 @@ enum class BiasCopies {
   kAdaptedOnly,  ///< Of the layers that the adapter updates: PEFT's "lora_only".
 };
 
+/// PEFT's values for a BiasCopies.
+inline constexpr std::array<const char*, 3> peft_names(BiasCopies) { return {"none", "all", "lora_only"}; }
+
 /// Rows of embeddings that an adapter has copies of: tokens by the embedding's path or its end behind a dot. Without a
 /// name they are of the model's input embedding.
 class TokenIndices {
@@ -245,6 +262,7 @@ struct Targeting {
   LayerFilter layers;                        ///< By layers_to_transform with layers_pattern.
   BiasCopies bias = BiasCopies::kNone;       ///< By bias.
   bool update_bias = false;                  ///< Whether the updates have a bias of their own.
+  bool scales_bias = false;                  ///< Whether the updates may scale the layer's bias.
   std::vector<std::string> modules_to_save;  ///< By modules_to_save.
   TokenIndices tokens;                       ///< By trainable_token_indices.
 };

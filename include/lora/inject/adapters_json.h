@@ -31,7 +31,7 @@ inline Json adapters_json(const ModelAdapters& adapters) {
       const auto* updates = site.find(adapter.name);
       if (updates == nullptr) continue;
       for (const auto& part : updates->parts) {
-        const auto scaling = part.update->low_rank().scaling;
+        const auto scaling = part.update->scaling();
         different.insert(scaling);
         scalings[join_path(site.path, part.name)] = scaling;
       }

@@ -38,6 +38,7 @@ class CopyPlanner {
     for (const auto& name : targeting_.modules_to_save) add_module(name);
     if (targeting_.bias != BiasCopies::kNone) add_biases();
     if (targeting_.update_bias) add_offsets();
+    if (targeting_.scales_bias) add_scales();
     for (const auto& [name, ids] : targeting_.tokens.embeddings()) add_rows(name, ids);
   }
 
@@ -128,6 +129,10 @@ class CopyPlanner {
     const std::string kind = "weight";
     const auto at = name.rfind(kind);
     name = at == std::string::npos ? "bias" : name.replace(at, kind.size(), "bias");
+    return find_bias(weight, name);
+  }
+
+  std::size_t find_bias(const Site& weight, const std::string& name) const {
     for (size_t i = 0; i < model_.sites.size(); ++i) {
       if (site(i).module_path == weight.module_path && site(i).parameter == name && !site(i).takes_updates()) return i;
     }
@@ -145,6 +150,24 @@ class CopyPlanner {
       }
       for (const auto& part : planned.parts) {
         plan_.offsets.push_back({bias, planned.site, part.name, part.begin, part.size});
+      }
+    }
+  }
+
+  void add_scales() {
+    for (const auto& planned : plan_.sites) {
+      const auto& weight = site(planned.site);
+      auto bias = bias_of(weight);
+      int64_t begin = 0;
+      if (bias == model_.sites.size()) {  // a MultiheadAttention has one bias for its three weights
+        const std::vector<std::string> names{"q_proj_weight", "k_proj_weight", "v_proj_weight"};
+        const auto found = std::find(names.begin(), names.end(), weight.parameter);
+        if (found == names.end()) continue;
+        bias = find_bias(weight, "in_proj_bias");
+        begin = (found - names.begin()) * weight.base_matrix().size(0);
+      }
+      if (bias != model_.sites.size() && site(bias).base().defined()) {
+        plan_.scales.push_back({bias, planned.site, begin});
       }
     }
   }

@@ -150,6 +150,17 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     }
     TORCH_CHECK_VALUE(entries.empty() || unmatched == Unmatched::kNote, entries,
                       "; expected a module's path, its end behind a dot, or a regular expression for one of them");
+    std::string refusals;
+    for (const auto& planned : plan.sites) {
+      const auto& site = model_.sites[planned.site];
+      for (const auto& part : planned.parts) {
+        const auto refusal =
+            method.refusal(update_spec(site, method, part.begin, part.size, false), !part.name.empty());
+        if (refusal.empty()) continue;
+        refusals += (refusals.empty() ? "" : "\n") + ("[lora::inject] found " + refusal) + " at " + site.path;
+      }
+    }
+    TORCH_CHECK_VALUE(refusals.empty(), refusals);
     return plan;
   }
 
@@ -200,7 +211,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     for (auto& site : model_.sites) {
       for (const auto& adapter : site.adapters) {
         for (auto& [child, named] : adapter.updates->tensors()) {
-          if (named.role == TensorRole::kBuffer) continue;
+          if (!is_trained(named.role)) continue;
           named.tensor.set_requires_grad(contains(names, adapter.updates->adapter));
         }
       }
@@ -309,6 +320,18 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     if (session_ != nullptr && !any_carrier) session_->end();
   }
 
+  /// W′ of the sites that are merged now.
+  std::map<size_t, at::Tensor> merged_weights() const {
+    std::map<size_t, at::Tensor> weights;
+    for (size_t i = 0; i < model_.sites.size(); ++i) {
+      const auto& weight = model_.sites[i].weight;
+      if (weight == nullptr) continue;
+      const auto snapshot = weight->snapshot();
+      if (!snapshot->base.is_same(weight->base())) weights.emplace(i, snapshot->base);
+    }
+    return weights;
+  }
+
   /// Puts W′ in place of a site's W0 for good, in the registry too.
   void replace(size_t index, const at::Tensor& merged) {
     auto& site = model_.sites[index];
@@ -340,12 +363,7 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
     }
     while (!adapters_.empty()) detach(std::string(adapters_.back().name));
     detach_acceleration();
-    for (auto& [parameter, required] : original_parameters_) {
-      if (parameter.is_leaf()) parameter.set_requires_grad(required);
-      for (auto& [fresh, old] : untied_) {
-        if (old.is_same(parameter)) fresh.set_requires_grad(required);
-      }
-    }
+    restore_flags();
     for (auto& site : model_.sites) site.weight.reset();
     unloaded_ = true;
     if (acceleration_stays_) {
@@ -355,6 +373,16 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       next->accelerate(calls_->plan(), /*stays=*/true);
     }
     session_.reset();
+  }
+
+  /// Gives the model's parameters the requires_grad of before the first injection.
+  void restore_flags() {
+    for (auto& [parameter, required] : original_parameters_) {
+      if (parameter.is_leaf()) parameter.set_requires_grad(required);
+      for (auto& [fresh, old] : untied_) {
+        if (old.is_same(parameter)) fresh.set_requires_grad(required);
+      }
+    }
   }
 
   /// Takes over the adapters of another set that check_joinable let pass, whose paths are relative to `root`; its
@@ -469,18 +497,6 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
       if (hangs && done.insert(site.module_path).second) site.host->detach(kAccelerationNode);
       site.acceleration.reset();
     }
-  }
-
-  /// W′ of the sites that are merged now.
-  std::map<size_t, at::Tensor> merged_weights() const {
-    std::map<size_t, at::Tensor> weights;
-    for (size_t i = 0; i < model_.sites.size(); ++i) {
-      const auto& weight = model_.sites[i].weight;
-      if (weight == nullptr) continue;
-      const auto snapshot = weight->snapshot();
-      if (!snapshot->base.is_same(weight->base())) weights.emplace(i, snapshot->base);
-    }
-    return weights;
   }
 
   /// What the bias of a layer without one counts as.

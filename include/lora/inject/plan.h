@@ -31,6 +31,13 @@ struct PlannedOffset {
   int64_t size = 0;
 };
 
+/// A bias that the updates of a weight scale.
+struct PlannedScale {
+  size_t site = 0;    // of the bias
+  size_t weight = 0;  // of the updates' matrix
+  int64_t begin = 0;  // of the weight's rows in the bias
+};
+
 /// Rows of an embedding that the adapter has copies of.
 struct PlannedRows {
   size_t site = 0;
@@ -47,6 +54,7 @@ struct Plan {
 
   std::vector<PlannedSite> sites;  // with updates, in the model's order
   std::vector<PlannedOffset> offsets;
+  std::vector<PlannedScale> scales;
   std::vector<size_t> copies;  // parameters and buffers that the adapter has copies of
   std::vector<PlannedRows> rows;
   std::vector<Entry> entries;

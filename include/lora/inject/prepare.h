@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,6 +30,49 @@ struct PreparedAdapter {
   std::map<size_t, std::shared_ptr<WeightAdapter>> sites;  // by site index
 };
 
+inline at::TensorOptions adapter_options(const at::Tensor& base, const Method& method) {
+  return base.options().dtype(method.tensor_dtype(base.scalar_type())).requires_grad(false);
+}
+
+/// What an update of rows [begin, begin + size) of a site is made for.
+inline UpdateSpec update_spec(const Site& site, const Method& method, int64_t begin, int64_t size, bool initialise) {
+  const auto base = site.base().detach();
+  UpdateSpec spec;
+  spec.names = names_of(site);
+  spec.in_features = site.base_matrix().size(1);
+  spec.out_features = size;
+  spec.options = adapter_options(base, method);
+  spec.initialise = initialise;
+  spec.embedding = site.layout == WeightLayout::kTable;
+  spec.rows_are_inputs = site.transposed_convolution;
+  spec.convolution = site.layout == WeightLayout::kKernel;
+  if (spec.convolution) spec.kernel = spec.in_features / std::max<int64_t>(base.size(1), 1);
+  spec.base = BaseRows(base, site.layout, begin, size);
+  return spec;
+}
+
+/// The updates of a plan by site. On the device kMeta they have shapes alone.
+inline std::map<size_t, std::vector<UpdatePart>> make_updates(const std::vector<Site>& sites, const Method& method,
+                                                              const Plan& plan, bool initialise,
+                                                              std::optional<at::Device> device = std::nullopt) {
+  std::vector<UpdateSpec> specs;
+  for (const auto& planned : plan.sites) {
+    for (const auto& part : planned.parts) {
+      specs.push_back(update_spec(sites[planned.site], method, part.begin, part.size, initialise));
+      if (device) specs.back().options = specs.back().options.device(*device);
+    }
+  }
+  auto updates = method.create_all(specs);
+  std::map<size_t, std::vector<UpdatePart>> result;
+  size_t next = 0;
+  for (const auto& planned : plan.sites) {
+    for (const auto& part : planned.parts) {
+      result[planned.site].push_back({part.name, part.begin, std::move(updates[next++])});
+    }
+  }
+  return result;
+}
+
 /// Makes what an adapter has on each site of its plan; the model is not touched.
 class AdapterMaker {
  public:
@@ -42,8 +86,10 @@ class AdapterMaker {
 
   PreparedAdapter make() {
     const c10::NoGradGuard no_grad;
-    for (const auto& planned : plan_.sites) add_updates(planned);
+    auto updates = make_updates(sites_, method(), plan_, initialise_);
+    for (const auto& planned : plan_.sites) add_updates(planned, std::move(updates.at(planned.site)));
     for (const auto& planned : plan_.offsets) add_offset(planned);
+    for (const auto& planned : plan_.scales) add_scales(planned);
     for (const auto index : plan_.copies) add_copy(index);
     for (const auto& planned : plan_.rows) add_rows(planned);
     write_report();
@@ -53,9 +99,7 @@ class AdapterMaker {
  private:
   const Method& method() const { return *prepared_.method; }
 
-  at::TensorOptions options(const at::Tensor& base) const {
-    return base.options().dtype(method().tensor_dtype(base.scalar_type())).requires_grad(false);
-  }
+  at::TensorOptions options(const at::Tensor& base) const { return adapter_options(base, method()); }
 
   WeightAdapter& at(size_t index) {
     auto& adapter = prepared_.sites[index];
@@ -68,17 +112,17 @@ class AdapterMaker {
     return *adapter;
   }
 
-  void add_updates(const PlannedSite& planned) {
+  void add_updates(const PlannedSite& planned, std::vector<UpdatePart> parts) {
     const auto& site = sites_[planned.site];
     const auto base = site.base_matrix();
-    UpdateSpec spec{names_of(site), base.size(1), 0, options(base), initialise_, site.layout == WeightLayout::kTable};
     auto& adapter = at(planned.site);
     auto& line = lines_[planned.site] = {site.path, "", base.size(0), base.size(1), 0};
-    for (const auto& part : planned.parts) {
-      spec.out_features = part.size;
-      adapter.parts.push_back({part.name, part.begin, method().create(spec)});
+    adapter.parts = std::move(parts);
+    for (const auto& part : adapter.parts) {
       if (!part.name.empty()) line.parts += (line.parts.empty() ? "" : ",") + part.name;
-      for (const auto& named : adapter.parts.back().update->tensors()) line.parameters += named.tensor.numel();
+      for (const auto& named : part.update->tensors()) {
+        if (is_trained(named.role)) line.parameters += named.tensor.numel();
+      }
     }
     if (!line.parts.empty()) line.parts = "[" + line.parts + "]";
   }
@@ -89,8 +133,15 @@ class AdapterMaker {
     auto values = at::zeros({planned.size}, options(weight.base()));
     const auto& parts = at(planned.weight).parts;
     const auto part = std::find_if(parts.begin(), parts.end(), [&](const auto& p) { return p.name == planned.part; });
-    at(planned.site).offsets.push_back({child, planned.begin, std::move(values), part->update->low_rank().scaling});
+    at(planned.site).offsets.push_back({child, planned.begin, std::move(values), part->update->scaling()});
     lines_[planned.weight].parameters += planned.size;
+  }
+
+  void add_scales(const PlannedScale& planned) {
+    for (const auto& part : at(planned.weight).parts) {
+      const auto scale = part.update->bias_scale();
+      if (scale.defined()) at(planned.site).scales.push_back({planned.begin + part.begin, scale});
+    }
   }
 
   void add_copy(size_t index) {

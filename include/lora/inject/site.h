@@ -36,6 +36,7 @@ struct Site {
   bool tied_to_embedding = false;
   bool is_linear = false;  // belongs to "all-linear"
   bool is_buffer = false;
+  bool transposed_convolution = false;  // the rows of its kernel are inputs
   WeightLayout layout = WeightLayout::kRows;
   bool is_multiplied = false;  // an embedding's weight that the model is known to multiply with, too
   std::string refusal;         // why no update can live in the weight; empty: one can

@@ -73,7 +73,9 @@ inline bool ends_with_name(const std::string& key, const std::string& name) {
 inline std::string peft_key(const std::string& key, bool is_loralib) {
   const std::string prefix = kPeftPrefix;
   if (is_loralib) return ends_with_name(key, "lora_A") || ends_with_name(key, "lora_B") ? key + ".weight" : key;
-  return key.compare(0, prefix.size(), prefix) == 0 ? key.substr(prefix.size()) : "";
+  if (key.compare(0, prefix.size(), prefix) == 0) return key.substr(prefix.size());
+  const std::string shared = kModelPrefix;
+  return key.compare(0, shared.size(), shared) == 0 ? key : "";
 }
 
 /// Puts the tensors of a file under their keys, renamed; every tensor that cannot be an adapter's is a problem.

@@ -87,15 +87,15 @@ class AdapterConversion {
       if (adapter->parts.empty()) continue;
       std::vector<at::Tensor> A, B;
       for (const auto& part : adapter->parts) {
-        A.push_back(part.update->low_rank().A);
-        B.push_back(part.update->low_rank().B);
+        A.push_back(lora_update(part).low_rank().A);
+        B.push_back(lora_update(part).low_rank().B);
       }
       tensors[site.path + ".lora_A"] = typed(at::cat(A), PeftKeys::A(site));
       tensors[site.path + ".lora_B"] = typed(at::cat(B), PeftKeys::B(site));
       const auto rank = A.front().size(0);
       std::ostringstream layer;
       layer << "r = " << rank
-            << ", lora_alpha = " << adapter->parts.front().update->low_rank().scaling * static_cast<double>(rank);
+            << ", lora_alpha = " << adapter->parts.front().update->scaling() * static_cast<double>(rank);
       layers.emplace(layer.str(), site.path);
     }
     if (!problems.empty()) throw FormatError(path, std::move(problems));
@@ -142,8 +142,8 @@ class AdapterConversion {
     if (!adapter.offsets.empty()) return "the bias of lora_B";
     if (adapter.rows.defined()) return "rows of single tokens";
     for (const auto& part : adapter.parts) {
-      const auto first = adapter.parts.front().update->low_rank(), other = part.update->low_rank();
-      if (other.A.size(0) != first.A.size(0) || !same(other.scaling, first.scaling)) return "parts of different ranks";
+      const auto &first = lora_update(adapter.parts.front()), &other = lora_update(part);
+      if (other.rank() != first.rank() || !same(other.scaling(), first.scaling())) return "parts of different ranks";
     }
     return "";
   }
@@ -152,6 +152,29 @@ class AdapterConversion {
   CheckpointAdapter source_;
 };
 
+/// Writes the files of a method whose tensors say no weight's shape, or mean nothing without the base: as they are.
+inline void rewrite_adapter(const AdapterFiles& files, std::vector<std::string> problems, const std::string& out,
+                            AdapterFormat to) {
+  read_any_config(files.config, problems);
+  if (to == AdapterFormat::kLoralib) {
+    problems.push_back("found the method " + files.config.value("peft_type", Json()).dump() +
+                       " or a start from the base, expected LoRA: loralib's files have no place for another");
+  }
+  PeftFiles copy{files.config, Json(), {}};
+  const auto own = files.metadata.find(kOwnConfig);
+  if (own != files.metadata.end()) copy.own_config = parse_object(own->second, files.tensor_path);
+  for (const auto& [key, file] : files.tensors) {
+    copy.tensors[key.compare(0, std::string(kModelPrefix).size(), kModelPrefix) == 0 ? key : kPeftPrefix + key] =
+        file.tensor;
+  }
+  if (to == AdapterFormat::kPeftPickle && !copy.own_config.is_null()) {
+    problems.push_back(std::string("found parts of fused projections, expected whole ones: ") + kPickleFile +
+                       " has no place for their row ranges; write " + kTensorFile);
+  }
+  if (!problems.empty()) throw FormatError(files.place, std::move(problems));
+  write_peft_directory(copy, out, to == AdapterFormat::kPeft ? PeftTensorFile::kSafetensors : PeftTensorFile::kPickle);
+}
+
 inline std::vector<std::string> convert_adapter(const std::string& path, const std::optional<LoraConfig>& config,
                                                 const std::string& out, AdapterFormat to,
                                                 const ConvertAdapterOptions& options) {
@@ -159,6 +182,11 @@ inline std::vector<std::string> convert_adapter(const std::string& path, const s
   auto files =
       config ? read_adapter_file(path, options.load(), problems) : read_peft_directory(path, options.load(), problems);
   files.embeddings = options.embeddings();
+  const bool is_lora = config || files.config.value("peft_type", Json()) == LoraConfig::kPeftType;
+  if (!is_lora || starts_from_base(files.config)) {
+    rewrite_adapter(files, std::move(problems), out, to);
+    return {};
+  }
   const AdapterConversion conversion(std::move(files), std::move(problems), config, options.load());
   if (to == AdapterFormat::kLoralib) return conversion.write_loralib(out);
   conversion.write_peft(out, to == AdapterFormat::kPeft ? PeftTensorFile::kSafetensors : PeftTensorFile::kPickle);

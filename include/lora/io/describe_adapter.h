@@ -30,12 +30,12 @@ struct AdapterDescription {
   struct Module {
     std::string path;               ///< As in PEFT's files: "h.0.attn.c_attn".
     std::string kind;               ///< "linear", "embedding" or "convolution".
-    int64_t rank = 0;               ///< Rows of A.
-    int64_t out_features = 0;       ///< Rows of B.
-    int64_t in_features = 0;        ///< Columns of A as a matrix.
+    int64_t rank = 0;               ///< Rows of A; 0: the method has no A.
+    int64_t out_features = 0;       ///< Rows of B; 0: the file does not say them.
+    int64_t in_features = 0;        ///< Columns of A as a matrix; 0: the file does not say them.
     std::optional<double> alpha;    ///< Of this module; nothing where the file has no configuration.
     std::optional<double> scaling;  ///< s in ΔW = s·B·A; nothing where the file has no configuration.
-    int64_t parameters = 0;         ///< Of the factors and the bias of B.
+    int64_t parameters = 0;         ///< Of all its tensors.
   };
   /// A tensor that the adapter has whole.
   struct Copy {
@@ -113,10 +113,7 @@ class AdapterDescriber {
     if (!factors.B.empty()) module.out_features = factors.B[0];
     module.in_features = factors.A.size() < 2 ? 0 : 1;
     for (size_t i = 1; i < factors.A.size(); ++i) module.in_features *= factors.A[i];
-    for (const auto* end : {"lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B"}) {
-      const auto tensor = files_.tensors.find(path + "." + end);
-      if (tensor != files_.tensors.end()) module.parameters += tensor->second.tensor.numel();
-    }
+    module.parameters = factors.parameters;
     if (method_ != nullptr) {
       const auto base_layer = path.rfind(".base_layer.");
       const std::vector<std::string> names{base_layer == std::string::npos ? path : path.substr(0, base_layer)};
@@ -158,15 +155,23 @@ inline AdapterDescription describe_file(const std::string& path, const std::opti
 inline AdapterDescription describe_directory(const std::string& path) {
   std::vector<std::string> problems, of_config;
   const auto files = read_peft_directory(path, {}, problems);
-  std::optional<LoraConfig> config = LoraConfigReader(files.config, of_config).read();
-  if (!of_config.empty()) config.reset();
-  auto found = AdapterDescriber(files, config).describe();
+  const auto any = read_any_config(files.config, of_config);
+  const auto* lora = dynamic_cast<const TypedConfig<LoraConfig>*>(any.get());
+  std::optional<LoraConfig> config;
+  if (lora != nullptr && of_config.empty()) config = lora->config;
+  AdapterDescription found;
+  if (any != nullptr) {
+    found = AdapterDescriber(files, config).describe();
+  } else {
+    found.path = path;
+  }
   found.format = ends_with_name(files.tensor_path, "bin") ? "peft-bin" : "peft";
   found.config = dump(files.config, path);
   const auto method = files.config.find("peft_type");
   if (method != files.config.end() && method->is_string()) found.method = method->get<std::string>();
   // A configuration that cannot be read is an error before the tensors are looked at.
-  found.problems = config ? problems_without_base(files, problems, std::nullopt) : problems;
+  const bool needs_base = starts_from_base(files.config);
+  found.problems = config && !needs_base ? problems_without_base(files, problems, std::nullopt) : problems;
   for (auto& problem : of_config) found.problems.push_back(std::move(problem));
   return found;
 }

@@ -43,7 +43,9 @@ inline void write_peft_directory(const PeftFiles& files, const std::string& dire
     std::map<std::string, std::string> metadata{{"format", "pt"}};
     if (!files.own_config.is_null()) metadata[kOwnConfig] = dump(files.own_config, directory);
     auto scaling = Json::object();
-    for (const auto* key : kScalingKeys) scaling[key] = files.config.at(key);
+    for (const auto* key : kScalingKeys) {
+      if (files.config.contains(key)) scaling[key] = files.config.at(key);
+    }
     metadata[kScalingConfig] = dump(scaling, directory);
     add_checksums(files.tensors, metadata);
     write_safetensors(tensor_file, files.tensors, metadata);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <lora/inject/site.h>
+#include <lora/methods/method.h>
 #include <lora/version.h>
 
 #include <cctype>
@@ -14,6 +15,8 @@ LORA_NAMESPACE_BEGIN
 namespace detail {
 
 inline constexpr const char* kPeftPrefix = "base_model.model.";
+/// The beginning of names that are of no module, as VeRA's projections'.
+inline constexpr const char* kModelPrefix = "base_model.";
 inline constexpr const char* kConfigFile = "adapter_config.json";
 inline constexpr const char* kTensorFile = "adapter_model.safetensors";
 inline constexpr const char* kPickleFile = "adapter_model.bin";
@@ -22,19 +25,11 @@ inline constexpr const char* kOwnConfig = "lora.config";
 /// Metadata of the tensor file with what of PEFT's configuration the tensors' meaning depends on: a save that was
 /// interrupted between the two files is found by it.
 inline constexpr const char* kScalingConfig = "lora.scaling";
-inline constexpr const char* kScalingKeys[] = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"};
+inline constexpr const char* kScalingKeys[] = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "mora_type", "projection_prng_key"};
 
 /// Whether two scalings are equal but for the rounding of their computation.
 inline bool same(double a, double b) { return std::abs(a - b) <= 1e-12 * std::abs(a); }
-
-/// A path as a regular expression that matches nothing else.
-inline std::string escaped(const std::string& path) {
-  std::string result;
-  for (const char c : path) {
-    result += (std::isalnum(static_cast<unsigned char>(c)) || c == '_' ? "" : "\\") + std::string(1, c);
-  }
-  return result;
-}
 
 /// PEFT's keys, without their prefix, for what one adapter has on the sites of a model.
 class PeftKeys {
@@ -66,19 +61,6 @@ class PeftKeys {
     return wrapped ? join_path(site.module_file_path, "base_layer." + site.parameter) : site.parameter_path();
   }
 
-  /// The factors' shapes: A [r, in], B [out, r]; those of a kernel have its dimensions, B with size 1.
-  static std::vector<int64_t> sizes_of_A(const Site& site, int64_t rank) {
-    if (site.layout != WeightLayout::kKernel) return {rank, site.base_matrix().size(1)};
-    auto sizes = site.base().sizes().vec();
-    sizes[0] = rank;
-    return sizes;
-  }
-  static std::vector<int64_t> sizes_of_B(const Site& site, int64_t rank) {
-    std::vector<int64_t> sizes{site.base_matrix().size(0), rank};
-    if (site.layout == WeightLayout::kKernel) sizes.resize(static_cast<size_t>(site.base().dim()), 1);
-    return sizes;
-  }
-
  private:
   static bool is_embedding(const Site& site) { return site.layout == WeightLayout::kTable; }
   static std::string attention_of(const std::string& path) { return path.substr(0, path.rfind(".base_layer.")); }
@@ -86,6 +68,14 @@ class PeftKeys {
   std::set<std::string> modules_;
   std::set<std::string> attentions_;
 };
+
+/// What a method needs to know of a site to lay its tensors out; `rank` as in StoredWeight.
+inline StoredWeight stored_weight(const Site& site, int64_t rank = 0) {
+  const auto base = site.base().detach();
+  const auto rows = site.base_matrix().size(0);
+  const auto kernel = site.layout == WeightLayout::kKernel ? base.sizes().vec() : std::vector<int64_t>();
+  return {BaseRows(base, site.layout, 0, rows), rows, kernel, kPeftPrefix + site.file_path + ".", rank};
+}
 
 }  // namespace detail
 LORA_NAMESPACE_END

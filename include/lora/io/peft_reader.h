@@ -10,8 +10,8 @@
 #include <lora/inject/prepare.h>
 #include <lora/io/adapter_files.h>
 #include <lora/io/load_options.h>
-#include <lora/io/lora_config_json.h>
 #include <lora/io/loralib_layout.h>
+#include <lora/io/method_registry.h>
 #include <lora/io/peft_layout.h>
 #include <lora/methods/lora.h>
 #include <lora/version.h>
@@ -44,16 +44,25 @@ class PeftReader {
   }
   PreparedAdapter read(AdapterFiles files) {
     files_ = std::move(files);
-    stored_ = read_method(files_.config, files_.config_path);
+    const auto config = read_config(files_.config, files_.config_path);
+    set_stored(config);
     check_scaling();
-    auto config = stored_->config();
-    const auto own = files_.metadata.find(kOwnConfig);
-    if (own != files_.metadata.end()) {
-      config = read_method(parse_object(own->second, files_.tensor_path), files_.tensor_path)->config();
-      config.lora_dropout(stored_->config().lora_dropout());  // which a user may edit beside the tensors
+    auto own = config->copy();
+    const auto metadata = files_.metadata.find(kOwnConfig);
+    if (metadata != files_.metadata.end()) {
+      auto json = parse_object(metadata->second, files_.tensor_path);
+      for (const auto& [key, value] : files_.config.items()) {  // a user may edit these beside the tensors
+        if (json.contains(key) && key.find("dropout") != std::string::npos) json[key] = value;
+      }
+      own = read_config(json, files_.tensor_path);
     }
-    if (files_.tensors_choose || !options_.key_mapping().empty()) choose_by_tensors(config);
-    return prepare(config);
+    if (files_.tensors_choose || !options_.key_mapping().empty()) choose_by_tensors(*own);
+    auto* lora = dynamic_cast<TypedConfig<LoraConfig>*>(own.get());
+    if (lora == nullptr || metadata != files_.metadata.end() || !lora->config.starts_from_base()) return prepare(*own);
+    // PEFT's factors over a base that it has taken the start out of: here they are beside it.
+    const auto started = std::make_shared<const LoRA>(lora->config);
+    lora->config.init_lora_weights(LoraInit::kKaiming);
+    return with_start(prepare(*own), started);
   }
 
   /// A file of tensors alone, by the caller's configuration.
@@ -61,27 +70,52 @@ class PeftReader {
     return read(read_adapter_file(path, options_, problems_), config);
   }
   PreparedAdapter read(AdapterFiles files, const LoraConfig& config) {
-    stored_ = std::make_shared<const LoRA>(config);
     files_ = std::move(files);
-    return prepare(config);
+    TypedConfig<LoraConfig> typed(config);
+    set_stored(typed.copy());
+    return prepare(typed);
   }
 
  private:
-  PreparedAdapter prepare(LoraConfig config) {
+  PreparedAdapter with_start(PreparedAdapter prepared, const std::shared_ptr<const LoRA>& started) const {
+    const c10::NoGradGuard no_grad;
+    for (auto& [index, adapter] : prepared.sites) {
+      for (auto& part : adapter->parts) {
+        const auto rows = part.update->out_features();
+        const auto spec = update_spec(site(index), *started, part.begin, rows, /*initialise=*/true);
+        const auto made = started->create(spec);
+        const auto start = static_cast<const StartedLoraUpdate&>(*made).start();
+        const auto own = lora_update(part).low_rank();
+        part.update = std::make_shared<StartedLoraUpdate>(own.A, own.B, start.A, start.B, own.scaling, spec.embedding);
+      }
+    }
+    prepared.method = started;
+    return prepared;
+  }
+
+  void set_stored(const std::shared_ptr<AnyConfig>& config) {
+    stored_ = config->method();
+    stored_lora_ = dynamic_cast<const LoRA*>(stored_.get());
+  }
+
+  PreparedAdapter prepare(AnyConfig& config) {
     if (files_.is_loralib) rename_loralib_embeddings(files_, adapters_.sites());
-    complete(config);
-    method_ = std::make_shared<const LoRA>(config);
+    complete(config.options());
+    method_ = config.method();
+    find_tokens();
 
     plan_ = make_plan();
     leave_out_partners();
     add_saved_embeddings();
+    const auto expected = make_updates(adapters_.sites(), *method_, plan_, /*initialise=*/false, at::kMeta);
     for (const auto& planned : plan_.sites) {
       if (files_.is_loralib) {
         const auto& updated = site(planned.site);
-        convert_loralib_layer(files_, updated, planned.parts, stored_->rank({peft_module(updated)}));
+        convert_loralib_layer(files_, updated, planned.parts, stored_lora_->rank({peft_module(updated)}));
       }
-      check_updates(planned);
+      check_updates(planned, expected.at(planned.site));
     }
+    if (!plan_.sites.empty()) check_shared(*expected.begin()->second.front().update);
     check_copies();
     plan_.notes.insert(plan_.notes.end(), files_.notes.begin(), files_.notes.end());
     for (const auto& [key, tensor] : files_.tensors) {
@@ -91,7 +125,11 @@ class PeftReader {
     finish();  // before memory is taken by what the file claims
     auto prepared = AdapterMaker(adapters_.sites(), method_, name_, plan_, /*initialise=*/false).make();
     const c10::NoGradGuard no_grad;
-    for (auto& [index, adapter] : prepared.sites) fill(adapters_.sites()[index], *adapter);
+    bool shared = false;
+    for (auto& [index, adapter] : prepared.sites) {
+      if (!adapter->parts.empty() && !std::exchange(shared, true)) fill_shared(*adapter->parts.front().update);
+      fill(adapters_.sites()[index], *adapter);
+    }
     finish();
     return prepared;
   }
@@ -102,15 +140,16 @@ class PeftReader {
 
   const Site& site(size_t index) const { return adapters_.sites()[index]; }
 
-  static std::shared_ptr<const LoRA> read_method(const Json& json, const std::string& path) {
+  static std::shared_ptr<AnyConfig> read_config(const Json& json, const std::string& path) {
     std::vector<std::string> problems;
-    const auto config = LoraConfigReader(json, problems).read();
+    auto config = read_any_config(json, problems);
     try {
-      if (problems.empty()) return std::make_shared<const LoRA>(config);
+      if (problems.empty()) config->method();
     } catch (const c10::ValueError& error) {
       problems.push_back(error.what_without_backtrace());
     }
-    throw FormatError(path, problems);
+    if (!problems.empty()) throw FormatError(path, problems);
+    return config;
   }
 
   /// Whether the two files were written together, where the tensor file says with what.
@@ -119,6 +158,7 @@ class PeftReader {
     if (written == files_.metadata.end()) return;
     const auto json = parse_object(written->second, files_.tensor_path);
     for (const auto* key : kScalingKeys) {
+      if (!json.contains(key)) continue;
       // Without the order of keys, which a tool that formats the file may change.
       const auto value = [key](const Json& in) {
         return in.contains(key) ? nlohmann::json(in.at(key)) : nlohmann::json();
@@ -144,7 +184,7 @@ class PeftReader {
   }
 
   /// What the tensors say and the configuration does not.
-  void complete(LoraConfig& config) {
+  void complete(AdapterOptions& config) {
     // PEFT has copies of a classifier's head in these tasks, whatever modules_to_save says.
     const bool classifies = config.task_type() == "SEQ_CLS" || config.task_type() == "TOKEN_CLS";
     for (const auto* head : {"classifier", "score"}) {
@@ -152,39 +192,49 @@ class PeftReader {
       const bool known = std::find(saved.begin(), saved.end(), head) != saved.end();
       if (classifies && !known && has_below(head)) saved.push_back(head);
     }
-    const auto& tokens = config.trainable_token_indices();
-    if (tokens.is_list() && !tokens.empty()) {
-      std::vector<std::pair<std::string, TokenIndices::Tokens>> embeddings;
-      const std::string end = ".token_adapter.trainable_tokens_delta";
-      for (const auto& [key, tensor] : files_.tensors) {
-        if (key.size() <= end.size() || key.compare(key.size() - end.size(), end.size(), end) != 0) continue;
-        embeddings.emplace_back(key.substr(0, key.size() - end.size()), tokens.embeddings().front().second);
-      }
-      if (embeddings.size() == 1) resolved_tokens_ = embeddings;
+  }
+
+  /// The embedding whose rows the file has, where the configuration does not name it.
+  void find_tokens() {
+    const auto& tokens = method_->targeting().tokens;
+    if (!tokens.is_list() || tokens.empty()) return;
+    std::vector<std::pair<std::string, TokenIndices::Tokens>> embeddings;
+    const std::string end = ".token_adapter.trainable_tokens_delta";
+    for (const auto& [key, tensor] : files_.tensors) {
+      if (key.size() <= end.size() || key.compare(key.size() - end.size(), end.size(), end) != 0) continue;
+      embeddings.emplace_back(key.substr(0, key.size() - end.size()), tokens.embeddings().front().second);
     }
+    if (embeddings.size() == 1) resolved_tokens_ = embeddings;
   }
 
   /// Names in a configuration are those of the file's model: with a mapping, the modules that the tensors name are the
   /// targets, each with the rank and alpha of its old name.
-  void choose_by_tensors(LoraConfig& config) {
+  void choose_by_tensors(AnyConfig& config) {
     std::vector<std::string> paths;
     Pattern<int64_t> ranks;
     Pattern<double> alphas;
     for (const auto& target : adapters_.sites()) {
-      const auto* A = target.takes_updates() ? find(PeftKeys::A(target)) : nullptr;
-      if (A == nullptr) continue;
+      const auto* tensor = target.takes_updates() ? first_tensor(target) : nullptr;
+      if (tensor == nullptr) continue;
       paths.push_back(target.path);
-      auto old_name = A->key.substr(std::string(kPeftPrefix).size());
+      if (stored_lora_ == nullptr) continue;
+      auto old_name = tensor->key.substr(std::string(kPeftPrefix).size());
       old_name.resize(old_name.rfind(".lora_"));
       const auto attention = old_name.rfind(".base_layer.");
       if (attention != std::string::npos) old_name.resize(attention);
       const auto pattern = "^" + escaped(peft_module(target));
-      ranks.emplace_back(pattern, stored_->rank({old_name}));
-      alphas.emplace_back(pattern, stored_->alpha({old_name}));
+      ranks.emplace_back(pattern, stored_lora_->rank({old_name}));
+      alphas.emplace_back(pattern, stored_lora_->alpha({old_name}));
     }
-    config.target_modules(paths).exclude_modules({}).layers_to_transform({}).layers_pattern({});
-    config.rank_pattern(ranks).alpha_pattern(alphas);
-    stored_ = std::make_shared<const LoRA>(config);
+    auto& options = config.options();
+    options.target_modules() = paths;
+    options.exclude_modules() = {};
+    options.layers_to_transform() = {};
+    options.layers_pattern() = {};
+    if (auto* lora = dynamic_cast<TypedConfig<LoraConfig>*>(&config)) {
+      lora->config.rank_pattern(ranks).alpha_pattern(alphas);
+    }
+    set_stored(config.copy());
   }
 
   Plan make_plan() {
@@ -199,17 +249,21 @@ class PeftReader {
     }
   }
 
-  bool has_factors(const Site& site) const {
-    return files_.tensors.count(PeftKeys::A(site)) != 0 || files_.tensors.count(PeftKeys::B(site)) != 0;
+  /// The first of the method's tensors that the file has for a weight; null: it has none.
+  const FileTensor* first_tensor(const Site& site) const {
+    const auto start = join_path(site.file_path, stored_->prefix());
+    const auto found = files_.tensors.lower_bound(start);
+    const bool here = found != files_.tensors.end() && found->first.compare(0, start.size(), start) == 0;
+    return here ? &found->second : nullptr;
   }
 
   /// PEFT names a MultiheadAttention as a whole; a file with one of its two weights adapts that one.
   void leave_out_partners() {
     const auto left_out = [&](size_t index) {
-      if (has_factors(site(index))) return false;
+      if (first_tensor(site(index)) != nullptr) return false;
       return std::any_of(plan_.sites.begin(), plan_.sites.end(), [&](const PlannedSite& other) {
         return other.site != index && peft_module(site(other.site)) == peft_module(site(index)) &&
-               has_factors(site(other.site));
+               first_tensor(site(other.site)) != nullptr;
       });
     };
     std::vector<PlannedSite> kept;
@@ -255,7 +309,7 @@ class PeftReader {
     // Beside a module's copies PEFT's bias "all" holds their biases again, and the base's.
     const bool twice =
         key.find(".original_module.") != std::string::npos || key.find(".modules_to_save.") != std::string::npos;
-    if (twice && method_->config().bias() == BiasCopies::kAll) return true;
+    if (twice && method_->targeting().bias == BiasCopies::kAll) return true;
     return named_in(options_.may_ignore(), key);
   }
 
@@ -271,7 +325,8 @@ class PeftReader {
 
   std::string why_unexpected(const std::string& key) const {
     for (const auto& site : adapters_.sites()) {
-      if (site.takes_updates() && (key == PeftKeys::A(site) || key == PeftKeys::B(site))) {
+      const auto start = join_path(site.file_path, method_->prefix());
+      if (site.takes_updates() && key.compare(0, start.size(), start) == 0) {
         return "target_modules do not choose the module";
       }
     }
@@ -292,7 +347,8 @@ class PeftReader {
     auto* found = find(key);
     if (found == nullptr) {
       if (!named_in(options_.may_lack(), key)) {
-        problems_.push_back("found no tensor " + std::string(kPeftPrefix) + key + ", expected " + text(sizes));
+        const auto prefix = key.compare(0, std::string(kModelPrefix).size(), kModelPrefix) == 0 ? "" : kPeftPrefix;
+        problems_.push_back("found no tensor " + (prefix + key) + ", expected " + text(sizes));
       }
       return false;
     }
@@ -315,19 +371,47 @@ class PeftReader {
            " groups, whose update mixes the groups and is none of the weight";
   }
 
-  /// Whether the file's factors for one weight have the shapes that both configurations give them.
-  void check_updates(const PlannedSite& planned) {
+  /// How the file has the tensors of a weight with these updates.
+  StoredWeight weight_of(const Site& updated, const std::vector<UpdatePart>& parts) const {
+    auto weight = stored_weight(updated);
+    if (stored_lora_ == nullptr || files_.is_loralib) return weight;
+    int64_t own = 0;
+    for (const auto& part : parts) own += lora_update(part).rank();
+    const auto rank = stored_lora_->rank({peft_module(updated)});
+    if (rank != own) weight.rank = rank;
+    return weight;
+  }
+
+  /// Whether the file's tensors for one weight have the shapes that both configurations give them.
+  void check_updates(const PlannedSite& planned, const std::vector<UpdatePart>& parts) {
     const auto& updated = site(planned.site);
-    const auto parts = static_cast<int64_t>(planned.parts.size());
-    const auto rank = stored_->rank({peft_module(updated)}) * (files_.is_loralib ? parts : 1);
-    const bool has_A = check(PeftKeys::A(updated), PeftKeys::sizes_of_A(updated, rank));
-    const bool has_B = check(PeftKeys::B(updated), PeftKeys::sizes_of_B(updated, rank));
-    if (!has_A || !has_B || files_.is_loralib) return;
-    const auto scaling = stored_->scaling({peft_module(updated)});
-    if (method_->rank(names_of(updated)) > rank / parts || !same(method_->scaling(names_of(updated)), scaling)) {
+    bool complete = true;
+    for (const auto& [name, tensor] : method_->store(parts, weight_of(updated, parts))) {
+      names_[&updated].push_back(name);
+      complete = check(join_path(updated.file_path, name), tensor.sizes()) && complete;
+    }
+    if (!complete || files_.is_loralib || stored_lora_ == nullptr) return;
+    const auto& own = static_cast<const LoRA&>(*method_);
+    const auto names = std::vector<std::string>{peft_module(updated)};
+    const auto rank = stored_lora_->rank(names);
+    const auto scaling = stored_lora_->scaling(names);
+    const bool too_small = own.rank(names_of(updated)) > rank / static_cast<int64_t>(parts.size());
+    if (too_small || !same(own.scaling(names_of(updated)), scaling)) {
       problems_.push_back("found rank " + std::to_string(rank) + " and scaling " + std::to_string(scaling) + " in " +
                           kConfigFile + ", expected what the " + kOwnConfig + " metadata of " + kTensorFile +
                           " says for " + updated.file_path + "; save the adapter again");
+    }
+  }
+
+  void check_shared(const Update& update) {
+    for (const auto& [key, tensor] : method_->store_shared(update)) {
+      if (find(key) != nullptr || !method_->may_lack_shared()) check(key, tensor.sizes());
+    }
+  }
+
+  void fill_shared(const Update& update) {
+    for (const auto& [key, tensor] : method_->store_shared(update)) {
+      if (const auto* found = find(key)) copy_finite(tensor, found->tensor, key, problems_);
     }
   }
 
@@ -348,18 +432,10 @@ class PeftReader {
     }
   }
 
-  /// Copies a tensor of the file, where it has one, and finds what the adapter's type cannot hold.
-  void copy(const at::Tensor& to, const at::Tensor& from, const std::string& key) {
-    to.copy_(from);
-    if (all_finite(to)) return;
-    problems_.push_back("found values beyond the range of " + std::string(c10::toString(to.scalar_type())) +
-                        ", expected ones that the adapter's type holds in " + std::string(kPeftPrefix) + key);
-  }
-
   void fill(const Site& target, WeightAdapter& adapter) {
     if (!adapter.parts.empty()) fill_updates(target, adapter);
     const auto put = [&](const at::Tensor& to, const std::string& key) {
-      if (const auto* found = find(key)) copy(to, found->tensor, key);
+      if (const auto* found = find(key)) copy_finite(to, found->tensor, kPeftPrefix + key, problems_);
     };
     if (adapter.copy.defined()) put(adapter.copy, keys().copy(target));
     if (adapter.rows.defined() && !adapter.rows_tied) put(adapter.rows.values, PeftKeys::rows(target));
@@ -369,37 +445,28 @@ class PeftReader {
         if (&site(planned.site) != &target || planned.begin != offset.begin) continue;
         const auto* found = find(PeftKeys::bias_of_B(weight));
         if (found == nullptr) continue;
-        copy(offset.values, found->tensor.narrow(0, offset.begin, offset.values.size(0)), PeftKeys::bias_of_B(weight));
+        copy_finite(offset.values, found->tensor.narrow(0, offset.begin, offset.values.size(0)),
+                    kPeftPrefix + PeftKeys::bias_of_B(weight), problems_);
       }
     }
   }
 
-  /// Takes the stacked factors of stack_parts apart again.
   void fill_updates(const Site& target, WeightAdapter& adapter) {
-    const auto *A = find(PeftKeys::A(target)), *B = find(PeftKeys::B(target));
-    if (A == nullptr || B == nullptr) {  // allowed by name
-      const auto base = target.base_matrix();
-      for (auto& part : adapter.parts) {
-        const auto options = part.update->low_rank().A.options().requires_grad(false);
-        part.update = method_->create({names_of(target), base.size(1), part.update->out_features(), options,
-                                       /*initialise=*/true, target.layout == WeightLayout::kTable});
-      }
+    const auto weight = weight_of(target, adapter.parts);
+    std::map<std::string, at::Tensor> stored;
+    bool complete = true;
+    for (const auto& name : names_.at(&target)) {
+      const auto* found = find(join_path(target.file_path, name));
+      complete = complete && found != nullptr;
+      if (found != nullptr) stored.emplace(name, found->tensor);
+    }
+    if (complete) {
+      for (auto& problem : method_->restore(adapter.parts, weight, stored)) problems_.push_back(std::move(problem));
       return;
     }
-    const auto rows = A->tensor.flatten(1);
-    auto rest = B->tensor.flatten(1).clone();
-    int64_t done = 0;
-    for (const auto& part : adapter.parts) {
-      auto own = part.update->low_rank();
-      const auto r = own.A.size(0);
-      auto block = rest.narrow(0, part.begin, own.B.size(0)).narrow(1, done, r);
-      copy(own.A, rows.narrow(0, done, r), PeftKeys::A(target));
-      copy(own.B, block, PeftKeys::B(target));
-      block.zero_();
-      done += r;
-    }
-    if (at::count_nonzero(rest).item<int64_t>() != 0) {
-      problems_.push_back("found values outside of the parts' blocks in lora_B, expected zeros at " + target.file_path);
+    for (auto& part : adapter.parts) {  // allowed by name
+      const auto rows = part.update->out_features();
+      part.update = method_->create(update_spec(target, *method_, part.begin, rows, /*initialise=*/true));
     }
   }
 
@@ -407,10 +474,12 @@ class PeftReader {
   std::string name_;
   LoadOptions options_;
   AdapterFiles files_;
-  std::shared_ptr<const LoRA> stored_;  // as the configuration file says
-  std::shared_ptr<const LoRA> method_;  // as the adapter is to be here
+  std::shared_ptr<const Method> stored_;  // as the configuration file says
+  const LoRA* stored_lora_ = nullptr;     // the same where it is LoRA
+  std::shared_ptr<const Method> method_;  // as the adapter is to be here
   std::vector<std::pair<std::string, TokenIndices::Tokens>> resolved_tokens_;
   Plan plan_;
+  std::map<const Site*, std::vector<std::string>> names_;  // of the tensors that the file is to have for each weight
   std::vector<std::string> problems_;
 };
 

@@ -38,19 +38,28 @@ struct MergeReport {
   /// Parameters that are replaced.
   int64_t weights = 0;
   /// Of memory on top: second copies until unmerge(), whose memory then waits for the next merge or for a system that
-  /// lacks memory; or the largest W′ while it is put in place. Where LibTorch's operators merge (all devices but the
-  /// CPU and, with lora::cuda, CUDA's), they take three more of one weight at a time, in fp32 for a half base.
+  /// lacks memory; or the largest W′ while it is put in place. Where LibTorch's operators merge (methods whose ΔW is
+  /// more than s·B·A, and all devices but the CPU and, with lora::cuda, CUDA's), they take up to five more of one
+  /// weight at a time, in fp32 for a half base.
   int64_t bytes = 0;
 };
 
 namespace detail {
 
-/// One weight to merge: W′ = base + Σ scaling·B·A, each update from its first row of the [out, in] matrix on.
+/// One weight to merge: W′ = base + Σ scaling·B·A, each update from its first row of the [out, in] matrix on, and
+/// + Σ ΔW of updates that are more than such a product.
 struct MergeJob {
+  struct DenseUpdate {
+    int64_t begin;
+    std::shared_ptr<const Update> update;
+    BaseRows base;
+  };
+
   std::string path;
   at::Tensor base;
   bool transposed = false;  // base and W′ are [in, out]
   std::vector<std::pair<int64_t, LowRank>> updates;
+  std::vector<DenseUpdate> dense;
   at::Tensor merged;
   std::atomic<int64_t> non_finite{0};
 };
@@ -159,7 +168,7 @@ class TypedMergeTiles final : public MergeTiles {
 
 /// The tiles of a job on the CPU; null for a device or dtype without a kernel.
 inline std::unique_ptr<MergeTiles> merge_tiles(MergeJob& job) {
-  if (!job.base.device().is_cpu()) return nullptr;
+  if (!job.base.device().is_cpu() || !job.dense.empty()) return nullptr;
   switch (job.base.scalar_type()) {
     case at::kDouble:
       return std::make_unique<TypedMergeTiles<double, double>>(job);
@@ -174,13 +183,16 @@ inline std::unique_ptr<MergeTiles> merge_tiles(MergeJob& job) {
   }
 }
 
-/// The same sum by LibTorch's operators, for devices without a kernel of ours.
+/// The same sum by LibTorch's operators, for devices and updates without a kernel of ours.
 inline void merge_by_operators(MergeJob& job) {
   const auto dtype = accumulation_dtype(job.base.scalar_type());
   auto update_sum = at::zeros(job.base.sizes(), job.base.options().dtype(dtype));
   const auto by_rows = job.transposed ? update_sum.t() : update_sum;
   for (const auto& [begin, update] : job.updates) {
     by_rows.narrow(0, begin, update.B.size(0)).addmm_(update.B.to(dtype), update.A.to(dtype), 1, update.scaling);
+  }
+  for (const auto& [begin, update, base] : job.dense) {
+    by_rows.narrow(0, begin, update->out_features()).add_(update->dense(base));
   }
   job.merged = (job.base.to(dtype) + update_sum).to(job.base.scalar_type());
   job.non_finite = job.merged.numel() - at::isfinite(job.merged).sum().item<int64_t>();
@@ -194,7 +206,7 @@ inline void merge_others(const std::vector<MergeJob*>& jobs) {
   const auto on_cuda = merge_on_cuda.load();
   std::vector<MergeJob*> cuda_jobs;
   for (auto* job : jobs) {
-    if (on_cuda != nullptr && job->base.is_cuda()) {
+    if (on_cuda != nullptr && job->base.is_cuda() && job->dense.empty()) {
       cuda_jobs.push_back(job);
     } else {
       merge_by_operators(*job);

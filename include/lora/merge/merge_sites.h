@@ -63,7 +63,7 @@ class SiteMerger {
         changed = changed || adapter != nullptr;
         if (adapter == nullptr) continue;
         const bool cast = adapter->copy.defined() && adapter->copy.scalar_type() != site.weight->base().scalar_type();
-        computed = computed || cast || adapter->forms_dense() || !adapter->offsets.empty();
+        computed = computed || cast || adapter->forms_dense() || adapter->changes_bias();
       }
       if (!changed) continue;
       ++report.weights;
@@ -103,13 +103,15 @@ class SiteMerger {
       if (adapter == nullptr) continue;
       changed = true;
       if (adapter->copy.defined()) values = adapter->copy.detach().to(values.scalar_type());
-      for (const auto& part : adapter->parts) job->updates.emplace_back(part.begin, part.update->low_rank());
     }
     if (!changed) return;
     check_partners(site);
     check_uses(site);
+    for (const auto& name : names_) {
+      if (const auto* adapter = site.find(name)) add_updates(*job, site, *adapter);
+    }
     values = with_rows_and_offsets(site, values);
-    if (job->updates.empty()) {
+    if (job->updates.empty() && job->dense.empty()) {
       check_finite(site, values);
       // An alias: the adapter's copy itself stays what it is, whatever is done to the model's weight.
       weights_.emplace(index, values.detach());
@@ -122,6 +124,18 @@ class SiteMerger {
     indices_.push_back(index);
   }
 
+  static void add_updates(MergeJob& job, const Site& site, const WeightAdapter& adapter) {
+    for (const auto& part : adapter.parts) {
+      const auto base = part.base(site.weight->base().detach(), site.layout);
+      auto factors = part.update->is_factored() ? part.update->factors(base) : Factors();
+      if (!part.update->is_factored() || !factors.is_sum()) {
+        job.dense.push_back({part.begin, part.update, base});
+        continue;
+      }
+      for (auto& term : factors.terms) job.updates.emplace_back(part.begin, std::move(term));
+    }
+  }
+
   at::Tensor with_rows_and_offsets(const Site& site, at::Tensor values) const {
     const auto dtype = values.scalar_type();
     for (const auto& name : names_) {
@@ -130,11 +144,9 @@ class SiteMerger {
       if (adapter->rows.defined()) {
         values = values.index_copy(0, adapter->rows.index(), adapter->rows.values.detach().to(dtype));
       }
-      if (adapter->offsets.empty()) continue;
+      if (!adapter->changes_bias()) continue;
       values = values.to(accumulation_dtype(dtype), /*non_blocking=*/false, /*copy=*/true);
-      for (const auto& offset : adapter->offsets) {
-        values.narrow(0, offset.begin, offset.values.size(0)).add_(offset.values.detach(), offset.scaling);
-      }
+      adapter->change_bias(site.weight->base().detach(), values);
     }
     return values.to(dtype);
   }

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/TensorImpl.h>
+#include <lora/base/weight_layout.h>
 #include <lora/detail/error.h>
 #include <lora/detail/torch_compat.h>
 #include <lora/methods/method.h>
@@ -10,7 +11,6 @@
 #include <lora/weight/call_state.h>
 #include <lora/weight/host.h>
 #include <lora/weight/weight_adapter.h>
-#include <lora/weight/weight_layout.h>
 
 #include <array>
 #include <atomic>
@@ -72,6 +72,9 @@ class AdaptedWeight {
         if (named.tensor.tensor.requires_grad()) return true;
       }
       if (adapter->rows.defined() && adapter->rows.values.requires_grad()) return true;
+      for (const auto& scale : adapter->scales) {
+        if (scale.values.requires_grad()) return true;
+      }
     }
     return false;
   }

@@ -63,8 +63,9 @@ class AdapterNode final : public HostNode {
         }
         module = static_cast<AdapterNode*>(named_children()[child].get());
       }
-      if (named.role == TensorRole::kBuffer) {
+      if (!is_trained(named.role)) {
         module->register_buffer(named.name, named.tensor);
+        if (named.role == TensorRole::kBuffer) module->copies_.push_back(named.tensor);
       } else {
         module->register_parameter(named.name, named.tensor, named.tensor.requires_grad());
       }
@@ -89,12 +90,13 @@ class AdapterNode final : public HostNode {
  private:
   /// A copy of a buffer keeps the model's dtype: what is written to it must not go to a cast of it.
   void cast_buffers(at::ScalarType dtype) {
-    for (auto& buffer : buffers(/*recurse=*/false)) {
+    for (auto& buffer : copies_) {
       if (buffer.is_floating_point()) buffer.set_data(buffer.to(dtype));
     }
   }
 
   std::shared_ptr<const Method> method_;
+  std::vector<at::Tensor> copies_;  // of buffers
 };
 
 }  // namespace detail

@@ -60,22 +60,42 @@ at::Tensor adapted_convolution(const at::Tensor& input, const at::Tensor& kernel
     }
   }
   const auto spatial = kernel.dim() - 2;
+  const auto kernel_sizes = kernel.sizes().vec();
+  const auto columns = kernel.numel() / std::max<int64_t>(out, 1);
+  // Numbers for channels, as [channels, 1, …].
+  const auto by_channel = [&](const at::Tensor& scale) {
+    std::vector<int64_t> sizes{scale.size(0)};
+    sizes.resize(static_cast<size_t>(spatial) + 1, 1);
+    return scale.reshape(sizes);
+  };
+  const auto form_dense = [&] { return convolve(x, plain(kernel, operator_name), b); };
   return adapted_call(
-      *carrier, [&](const at::Tensor& values, const auto&) { return convolve(x, values, b); },
-      [&](const WeightAdapter& adapter, at::Tensor& y) {
-        const auto dropped = drops_input(adapter, weight) ? at::dropout(x, adapter.dropout, /*train=*/true) : x;
+      *carrier, {0, out, 0, columns},
+      [&](const at::Tensor& values, const auto&, const BlockUpdate& update) {
+        const auto& [adapters, of_out, of_in] = update;
+        if (!of_out.defined() && !of_in.defined()) return convolve(x, values, b);
+        const auto scaled = of_in.defined() ? (x * by_channel(of_in.repeat({groups}))).to(x.scalar_type()) : x;
+        auto y = convolve(scaled, values, of_out.defined() ? OptionalTensor() : b);
+        if (!of_out.defined()) return y;
+        const bool has_bias = b && b->defined();
+        return scaled_sum(y, by_channel(of_out), 1, has_bias ? OptionalTensor(by_channel(*b)) : OptionalTensor(), 1);
+      },
+      [&](const BlockFactors& adapter, at::Tensor& y) {
+        const auto p = adapter.adapter->dropout;
+        const auto dropped = drops_input(*adapter.adapter, weight) ? at::dropout(x, p, /*train=*/true) : x;
         const auto channels = y.dim() - spatial - 1;  // the input may have no batch dimension
-        y.add_(join_parts(adapter, {0, out, 0, 0}, channels, [&](const WeightAdapter::Part& part, const Block&) {
-          const auto factors = part.update->low_rank();
-          std::vector<int64_t> sizes = kernel.sizes().vec(), times(sizes.size(), 1);
-          sizes[0] = factors.A.size(0);
+        const auto delta = join_parts(adapter, out, channels, [&](const LowRank& term) {
+          std::vector<int64_t> sizes = kernel_sizes, times(sizes.size(), 1);
+          sizes[0] = term.A.size(0);
           times[0] = groups;
-          auto A = factors.A.to(x.scalar_type()).reshape(sizes);
+          auto A = term.A.to(x.scalar_type()).reshape(sizes);
           if (groups > 1) A = A.repeat(times);
-          const auto h = convolve(dropped, A, OptionalTensor()) * factors.scaling;
-          return pointwise_convolution(h, factors.B.to(h.scalar_type()), spatial, groups);
-        }));
-      });
+          const auto h = convolve(dropped, A, OptionalTensor()) * term.scaling;
+          return pointwise_convolution(h, term.B.to(h.scalar_type()), spatial, groups);
+        });
+        if (delta.defined()) y.add_(delta);
+      },
+      form_dense);
 }
 
 // The direct call of each operator, so that autocast treats it as on a plain kernel.

@@ -49,7 +49,7 @@ inline at::Tensor linear_kernel(const at::Tensor& input, const at::Tensor& weigh
   auto* carrier = as_matrix_carrier(weight);
   if (carrier == nullptr) return at::linear(x, plain(weight, "aten::linear"), b);
   return adapted_product(
-      x, *carrier, carrier->view().transpose(), b, 1, 1,
+      x, *carrier, carrier->view().transpose(), b, 1, 1, "aten::linear",
       [](const auto& rows, const auto& matrix, const auto& addend) { return at::linear(rows, matrix.t(), addend); });
 }
 
@@ -57,7 +57,7 @@ inline at::Tensor matmul_kernel(const at::Tensor& self, const at::Tensor& other)
   const auto x = plain(self, "aten::matmul");
   auto* carrier = as_matrix_carrier(other);
   if (carrier == nullptr) return at::matmul(x, plain(other, "aten::matmul"));
-  return adapted_product(x, *carrier, carrier->view(), {}, 1, 1,
+  return adapted_product(x, *carrier, carrier->view(), {}, 1, 1, "aten::matmul",
                          [](const auto& rows, const auto& matrix, const auto&) { return at::matmul(rows, matrix); });
 }
 
@@ -65,7 +65,7 @@ inline at::Tensor mm_kernel(const at::Tensor& self, const at::Tensor& other) {
   const auto x = plain(self, "aten::mm");
   auto* carrier = as_matrix_carrier(other);
   if (carrier == nullptr) return at::mm(x, plain(other, "aten::mm"));
-  return adapted_product(x, *carrier, carrier->view(), {}, 1, 1,
+  return adapted_product(x, *carrier, carrier->view(), {}, 1, 1, "aten::mm",
                          [](const auto& rows, const auto& matrix, const auto&) { return at::mm(rows, matrix); });
 }
 
@@ -75,7 +75,7 @@ inline at::Tensor addmm_kernel(const at::Tensor& self, const at::Tensor& mat1, c
   const auto x = plain(mat1, "aten::addmm");
   auto* carrier = as_matrix_carrier(mat2);
   if (carrier == nullptr) return at::addmm(bias, x, plain(mat2, "aten::addmm"), beta, alpha);
-  return adapted_product(x, *carrier, carrier->view(), bias, beta.toDouble(), alpha.toDouble(),
+  return adapted_product(x, *carrier, carrier->view(), bias, beta.toDouble(), alpha.toDouble(), "aten::addmm",
                          [&](const auto& rows, const auto& matrix, const auto& addend) {
                            return at::addmm(*addend, rows, matrix, beta, alpha);
                          });

@@ -1,6 +1,8 @@
 #pragma once
 
+#include <ATen/TensorIndexing.h>
 #include <ATen/ops/embedding.h>
+#include <ATen/ops/index.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/where.h>
@@ -26,21 +28,31 @@ inline at::Tensor with_token_rows(const TokenRows& rows, const at::Tensor& y, co
   return at::where(matches.any(-1, /*keepdim=*/true), found.to(y.scalar_type()), y);
 }
 
-/// Rows of a view V of ΔW, scaled: for a table V = ΔWᵀ, whose row i is s · (A's column i) · Bᵀ.
-inline at::Tensor looked_up_update(const WeightAdapter& adapter, const WeightView& view, const at::Tensor& indices,
-                                   int64_t padding_idx) {
-  const auto& block = view.block;
+/// Rows of a view V of the terms of an update, scaled: for a table V = ΔWᵀ, whose row i is s · (A's column i) · Bᵀ.
+inline at::Tensor looked_up_terms(const BlockFactors& adapter, const WeightView& view, const at::Tensor& indices,
+                                  int64_t padding_idx) {
   const auto entries = [&](const at::Tensor& table) { return at::embedding(table, indices, padding_idx); };
   if (!view.transposed) {  // V = ΔW: row i is s · (B's row i) · A
-    const auto factors = adapter.parts.front().update->low_rank();
-    const auto h = entries(factors.B.narrow(0, block.row, block.rows)) * factors.scaling;
-    return at::matmul(h, factors.A.narrow(1, block.column, block.columns));
+    at::Tensor sum;
+    for (const auto& term : adapter.parts.front().factors.terms) {
+      auto rows = at::matmul(entries(term.B) * term.scaling, term.A);
+      sum = sum.defined() ? sum + rows : rows;
+    }
+    return sum;
   }
-  return join_parts(adapter, block, -1, [&](const WeightAdapter::Part& part, const Block& rows) {
-    const auto factors = part.update->low_rank();
-    const auto h = entries(factors.A.narrow(1, rows.column, rows.columns).t()) * factors.scaling;
-    return at::linear(h, factors.B.narrow(0, rows.row, rows.rows));
-  });
+  return join_parts(adapter, view.block.rows, -1,
+                    [&](const LowRank& term) { return at::linear(entries(term.A.t()) * term.scaling, term.B); });
+}
+
+/// The looked-up rows of W0 with what an update makes of them.
+inline at::Tensor scaled_lookup(const at::Tensor& y, const BlockUpdate& update, const WeightView& view,
+                                const at::Tensor& indices) {
+  const auto& of_entry = view.transposed ? update.columns : update.rows;
+  const auto& of_width = view.transposed ? update.rows : update.columns;
+  auto scaled = y;
+  if (of_entry.defined()) scaled = scaled * of_entry.index({indices}).unsqueeze(-1);
+  if (of_width.defined()) scaled = scaled * of_width;
+  return scaled.to(y.scalar_type());
 }
 
 /// Whether looking up rows of the view can stay low-rank.
@@ -70,22 +82,28 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
     return at::embedding(plain(table, "aten::embedding"), indices, padding_idx, scale_grad_by_freq, sparse);
   }
   const auto& weight = *carrier->weight();
+  const auto& view = carrier->view();
+  // A row of padding takes no gradient.
+  const auto without_padding = [&](const at::Tensor& y) {
+    return padding_idx >= 0 ? at::where((indices != padding_idx).unsqueeze(-1), y, y.detach()) : y;
+  };
   return adapted_call(
-      *carrier,
-      [&](const at::Tensor& values, const auto& active) {
-        auto y =
-            at::embedding(carrier->view().of(weight.matrix(values)), indices, padding_idx, scale_grad_by_freq, sparse);
+      *carrier, view.block,
+      [&](const at::Tensor& values, const auto& active, const BlockUpdate& update) {
+        auto y = at::embedding(view.of(weight.matrix(values)), indices, padding_idx, scale_grad_by_freq, sparse);
+        if (update.rows.defined() || update.columns.defined()) {
+          y = without_padding(scaled_lookup(y, update, view, indices));
+        }
         for (const auto& adapter : active) {
           if (adapter->rows.defined()) y = with_token_rows(adapter->rows, y, indices, padding_idx);
         }
         return y;
       },
-      [&](const WeightAdapter& adapter, at::Tensor& y) {
-        auto delta = looked_up_update(adapter, carrier->view(), indices, padding_idx);
-        if (!delta.defined()) return;
-        if (padding_idx >= 0) delta = at::where((indices != padding_idx).unsqueeze(-1), delta, delta.detach());
-        y.add_(delta);
-      });
+      [&](const BlockFactors& adapter, at::Tensor& y) {
+        const auto delta = looked_up_terms(adapter, view, indices, padding_idx);
+        if (delta.defined()) y.add_(without_padding(delta));
+      },
+      [&] { return at::embedding(plain(table, "aten::embedding"), indices, padding_idx, scale_grad_by_freq, sparse); });
 }
 
 }  // namespace detail

@@ -4,10 +4,13 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/addcmul.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/FunctionRef.h>
+#include <lora/detail/error.h>
 #include <lora/version.h>
 #include <lora/weight/dropout.h>
 #include <lora/weight/frozen_product.h>
@@ -54,7 +57,7 @@ struct LowRankTerm {
   }
 };
 
-/// y = beta·addend + alpha·x·V + Σ terms, V frozen.
+/// y = beta·addend + alpha·((x ⊙ in_scale)·V) ⊙ out_scale + Σ terms, V frozen.
 struct ProductCall {
   /// beta·addend + alpha·x·V by the operator that runs on a plain weight.
   using Plain = c10::function_ref<at::Tensor(const at::Tensor& x, const at::Tensor& matrix,
@@ -69,18 +72,30 @@ struct ProductCall {
   std::shared_ptr<ProductPlan> plan;  // null: every product is ATen's
   ProductKernel kernel = ProductKernel::kAten;
   std::vector<LowRankTerm> terms;  // alpha is in their scaling
+  at::Tensor in_scale = {};        // [in]; undefined: ones
+  at::Tensor out_scale = {};       // [out]; undefined: ones
+
+  bool is_scaled() const { return in_scale.defined() || out_scale.defined(); }
 };
+
+/// beta·addend + alpha·y ⊙ scale, in y's dtype with one rounding.
+inline at::Tensor scaled_sum(const at::Tensor& y, const at::Tensor& scale, double alpha,
+                             const std::optional<at::Tensor>& addend, double beta) {
+  const auto factor = !scale.defined() ? at::scalar_tensor(alpha, y.options()) : alpha == 1 ? scale : scale * alpha;
+  if (!addend) return (y * factor).to(y.scalar_type());
+  return at::addcmul(beta == 1 ? *addend : *addend * beta, y, factor).to(y.scalar_type());
+}
 
 /// The product as one step for autograd (Hu et al. 2021, arXiv 2106.09685, equation 3).
 ///
 /// Scaling happens in the [tokens, r] tensors, and what is [tokens, out] or [tokens, in] is accumulated in place. x is
-/// saved once for all terms, and only where a term needs it; dropped elements are found again by their seed. No
+/// saved once for all terms, and only where a gradient needs it; dropped elements are found again by their seed. No
 /// gradient is computed that nobody asks for.
 class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
   using Variables = torch::autograd::variable_list;
 
  public:
-  /// What the backward needs beside the saved tensors: x, A and B of each term, V.
+  /// What the backward needs beside the saved tensors: x, A and B of each term, the scales, V and x·V.
   struct Saved : torch::CustomClassHolder {
     std::vector<LowRankTerm> terms;    // without A and B
     std::vector<at::Tensor> narrowed;  // h = s·x·D of each term, [tokens, r]
@@ -90,6 +105,9 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     double beta = 1;
     std::shared_ptr<ProductPlan> plan;
     ProductKernel kernel = ProductKernel::kAten;
+    bool has_in_scale = false;
+    bool has_out_scale = false;
+    at::Tensor base;  // (x ⊙ in_scale)·V where the result is scaled
   };
 
   static at::Tensor run(const ProductCall& call) {
@@ -98,6 +116,8 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
       inputs.push_back(term.A);
       inputs.push_back(term.B);
     }
+    if (call.in_scale.defined()) inputs.push_back(call.in_scale);
+    if (call.out_scale.defined()) inputs.push_back(call.out_scale);
     if (call.addend) inputs.push_back(*call.addend);
     const auto saved = c10::make_intrusive<Saved>();
     const bool records =
@@ -117,19 +137,24 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     saved->beta = call->beta;
     saved->plan = call->plan;
     saved->kernel = call->kernel;
+    saved->has_in_scale = call->in_scale.defined();
+    saved->has_out_scale = call->out_scale.defined();
     Variables variables(inputs.begin(), inputs.end());
     if (call->addend) {
       saved->addend_sizes = call->addend->sizes().vec();
       variables.pop_back();  // its values are in no gradient
     }
-    bool needs_x = false;
+    const bool trains_in = wants(call->in_scale), trains_out = wants(call->out_scale);
+    bool needs_x = trains_in;
     for (const auto& term : call->terms) {
-      needs_x = needs_x || term.A.requires_grad() || term.B.requires_grad();
+      needs_x = needs_x || (term.transposed ? term.B : term.A).requires_grad();
       saved->terms.push_back(term);
       saved->terms.back().A = saved->terms.back().B = at::Tensor();
     }
     if (!needs_x) variables.front() = at::Tensor();
-    variables.push_back(call->x.requires_grad() ? call->matrix : at::Tensor());
+    variables.push_back(call->x.requires_grad() || trains_in ? call->matrix : at::Tensor());
+    const auto base = std::exchange(saved->base, at::Tensor());
+    variables.push_back(trains_out ? base : at::Tensor());
     ctx->save_for_backward(std::move(variables));
     ctx->saved_data["saved"] = c10::IValue::make_capsule(saved);
     return y;
@@ -143,10 +168,26 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     const auto kernel = again ? ProductKernel::kAten : saved.kernel;
     const auto dy = rows_of(gradients.front()).contiguous();  // it is read several times
     const auto x = variables.front().defined() ? rows_of(variables.front()) : at::Tensor();
+    const auto in_index = 1 + 2 * saved.terms.size(), out_index = in_index + (saved.has_in_scale ? 1 : 0);
+    const auto end = out_index + (saved.has_out_scale ? 1 : 0);
+    const auto in_scale = saved.has_in_scale ? variables[in_index] : at::Tensor();
+    const auto out_scale = saved.has_out_scale ? variables[out_index] : at::Tensor();
+    const auto &matrix = variables[end], &base = variables[end + 1];
+    const bool wants_in = saved.has_in_scale && ctx->needs_input_grad(in_index);
+    const bool wants_out = saved.has_out_scale && ctx->needs_input_grad(out_index);
 
-    Variables results(1 + 2 * saved.terms.size());
+    Variables results(end);
     at::Tensor dx;
-    if (ctx->needs_input_grad(0)) dx = base_gradient(saved, dy, variables.back(), again);
+    if (ctx->needs_input_grad(0) || wants_in) {
+      dx = base_gradient(saved, out_scale.defined() ? scaled_sum(dy, out_scale, 1, {}, 0) : dy, matrix, again);
+      if (wants_in) results[in_index] = (dx * x).sum(0).to(in_scale.scalar_type());
+      if (in_scale.defined()) dx = scaled_sum(dx, in_scale, 1, {}, 0);
+    }
+    if (!ctx->needs_input_grad(0)) dx = at::Tensor();
+    if (wants_out) {
+      if (again) refuse_second_derivative();
+      results[out_index] = (dy * rows_of(base)).sum(0, /*keepdim=*/false, out_scale.scalar_type()) * saved.alpha;
+    }
     for (size_t k = 0; k < saved.terms.size(); ++k) {
       auto stored = saved.terms[k];
       stored.A = variables[1 + 2 * k];
@@ -158,10 +199,11 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
       auto& d_down = results[(term.transposed ? 2 : 1) + 2 * k];
       auto& d_up = results[(term.transposed ? 1 : 2) + 2 * k];
       if (ctx->needs_input_grad(static_cast<size_t>(&d_up - results.data()))) {
+        if (again && !x.defined()) refuse_second_derivative();
         const auto h = again ? narrowed(term, x, kernel) : saved.narrowed[k];
         d_up = multiply(kernel, h.t().contiguous(), dy_range);
         if (!term.transposed) d_up = d_up.t();
-        d_up = d_up.to(stored.A.scalar_type());
+        d_up = d_up.to((term.transposed ? stored.A : stored.B).scalar_type());
       }
       const bool wants_down = ctx->needs_input_grad(static_cast<size_t>(&d_down - results.data()));
       if (!wants_down && !dx.defined()) continue;
@@ -169,7 +211,7 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
       if (wants_down) {
         d_down = multiply(kernel, dh.t().contiguous(), term.in_range(dropped(term, x)));
         if (term.transposed) d_down = d_down.t();
-        d_down = d_down.to(stored.A.scalar_type());
+        d_down = d_down.to((term.transposed ? stored.B : stored.A).scalar_type());
       }
       if (!dx.defined()) continue;
       if (term.dropout == nullptr) {
@@ -191,6 +233,14 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
   }
 
  private:
+  static bool wants(const at::Tensor& scale) { return scale.defined() && scale.requires_grad(); }
+
+  [[noreturn]] static void refuse_second_derivative() {
+    throw StateError(
+        "[lora::weight] found a second derivative of an adapter whose product keeps no input, as with a frozen A or "
+        "trained scales, expected a first one");
+  }
+
   static at::Tensor rows_of(const at::Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); }
 
   static at::Tensor dropped(const LowRankTerm& term, const at::Tensor& x) {
@@ -202,9 +252,18 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     return multiply(kernel, term.in_range(dropped(term, x)), term.down()) * term.scaling;
   }
 
+  static at::Tensor frozen_product(const ProductCall& call, Saved& saved) {
+    if (call.is_scaled()) {
+      const auto x = call.in_scale.defined() ? scaled_sum(call.x, call.in_scale, 1, {}, 0) : call.x;
+      saved.base = multiply(call.kernel, x, call.matrix);
+      return scaled_sum(saved.base, call.out_scale, call.alpha, call.addend, call.beta);
+    }
+    if (call.kernel == ProductKernel::kOneDnn) return onednn_product(call.x, call.matrix, call.addend);
+    return call.plain(call.x, call.matrix, call.addend);
+  }
+
   static at::Tensor compute(const ProductCall& call, Saved& saved) {
-    const bool onednn = call.kernel == ProductKernel::kOneDnn;
-    auto y = onednn ? onednn_product(call.x, call.matrix, call.addend) : call.plain(call.x, call.matrix, call.addend);
+    auto y = frozen_product(call, saved);
     if (call.terms.empty()) return y;
     const auto x = rows_of(call.x);
     const auto rows = rows_of(y);

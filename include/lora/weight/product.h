@@ -3,6 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -38,11 +39,88 @@ struct Overlap {
   int64_t length = 0;  // none if not positive
 };
 
-/// Joins what each part of an adapter gives for its rows of a block into `block.rows` elements of dimension `dim`,
-/// zeros between them; undefined where the adapter has no row in the block. `piece` gets the part and the block of its
-/// ΔW.
+/// One adapter's updates of the rows and columns of a block, in factors.
+struct BlockFactors {
+  struct Part {
+    Overlap rows;  // in the block
+    Factors factors;
+  };
+  struct Product {
+    Overlap rows;
+    const Update* update;
+  };
+  const WeightAdapter* adapter;
+  std::vector<Part> parts;
+  std::vector<Product> products;  // those whose product is wanted in place of their factors
+};
+
+/// What the active adapters make of a block of a weight: diag(rows)·W0·diag(columns) + Σ of their factors.
+struct BlockUpdate {
+  std::vector<BlockFactors> adapters;
+  at::Tensor rows;     // [block.rows]; undefined: ones
+  at::Tensor columns;  // [block.columns], of a kernel [channels]; undefined: ones
+};
+
+/// Adds a scale of a part of `size` rows or columns to one that several updates share: 1 + Σ (scale − 1).
+inline void add_scale(at::Tensor& sum, const at::Tensor& scale, int64_t begin, int64_t size) {
+  const bool whole = scale.size(0) == size;
+  if (!sum.defined() && whole) {
+    sum = scale;
+    return;
+  }
+  const auto change = whole ? scale - 1 : at::constant_pad_nd(scale - 1, {begin, size - begin - scale.size(0)});
+  sum = sum.defined() ? sum + change : change + 1;
+}
+
+/// The updates of a block in factors; nothing where they have none: an update without factors, rows scaled by one
+/// adapter and columns by another, or scales of W0 where merged adapters or a copy stand in its place. `by_product`: an
+/// update may stay as it is where its own product is quicker.
+inline std::optional<BlockUpdate> block_update(const AdaptedWeight::Snapshot& snapshot, const AdaptedWeight& weight,
+                                               const Block& block, bool by_product = false) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // which would round W0·Aᵀ
+  BlockUpdate update;
+  for (const auto& adapter : snapshot.active) {
+    BlockFactors found{adapter.get(), {}, {}};
+    for (const auto& part : adapter->parts) {
+      const Overlap rows(part.begin, part.update->out_features(), block);
+      if (rows.length <= 0) continue;
+      if (by_product && block.columns == part.update->in_features() && part.update->has_product()) {
+        found.products.push_back({rows, part.update.get()});
+        continue;
+      }
+      if (!part.update->is_factored()) return std::nullopt;
+      auto factors = part.update->factors(part.base(weight.base(), weight.layout()));
+      for (auto& term : factors.terms) {
+        if (term.A.size(1) != block.columns) term.A = term.A.narrow(1, block.column, block.columns);
+        if (term.B.size(0) != rows.length) term.B = term.B.narrow(0, rows.in_update, rows.length);
+      }
+      if (factors.rows.defined()) {
+        if (factors.rows.size(0) != rows.length) factors.rows = factors.rows.narrow(0, rows.in_update, rows.length);
+        add_scale(update.rows, factors.rows, rows.in_block, block.rows);
+      }
+      if (factors.columns.defined()) {
+        // A part's columns are scaled in its rows alone.
+        if (rows.length != block.rows || factors.rows.defined()) return std::nullopt;
+        const auto in = part.update->in_features();
+        if (in != block.columns) {
+          factors.columns = scale_of_columns(factors.columns, in).narrow(0, block.column, block.columns);
+        }
+        add_scale(update.columns, factors.columns, 0, factors.columns.size(0));
+      }
+      found.parts.push_back({rows, std::move(factors)});
+    }
+    if (!found.parts.empty() || !found.products.empty()) update.adapters.push_back(std::move(found));
+  }
+  if (update.rows.defined() && update.columns.defined()) return std::nullopt;
+  const bool scales = update.rows.defined() || update.columns.defined();
+  if (scales && !snapshot.values().is_same(weight.base())) return std::nullopt;
+  return update;
+}
+
+/// Joins what the parts of an adapter give for their rows of a block into `rows` elements of dimension `dim`, zeros
+/// between them. `piece(term)` is what one term gives for its rows.
 template <class Piece>
-at::Tensor join_parts(const WeightAdapter& adapter, const Block& block, int64_t dim, const Piece& piece) {
+at::Tensor join_parts(const BlockFactors& adapter, int64_t rows, int64_t dim, const Piece& piece) {
   std::vector<at::Tensor> pieces;
   int64_t end = 0;
   const auto zeros = [&](int64_t length) {
@@ -51,31 +129,29 @@ at::Tensor join_parts(const WeightAdapter& adapter, const Block& block, int64_t 
     return at::zeros(sizes, pieces.front().options());
   };
   for (const auto& part : adapter.parts) {
-    const Overlap rows(part.begin, part.update->out_features(), block);
-    if (rows.length <= 0) continue;
-    pieces.push_back(piece(part, Block{rows.in_update, rows.length, block.column, block.columns}));
-    if (rows.in_block > end) pieces.insert(pieces.end() - 1, zeros(rows.in_block - end));
-    end = rows.in_block + rows.length;
+    if (part.factors.terms.empty()) continue;
+    auto sum = piece(part.factors.terms.front());
+    for (size_t i = 1; i < part.factors.terms.size(); ++i) sum = sum + piece(part.factors.terms[i]);
+    pieces.push_back(std::move(sum));
+    if (part.rows.in_block > end) pieces.insert(pieces.end() - 1, zeros(part.rows.in_block - end));
+    end = part.rows.in_block + part.rows.length;
   }
   if (pieces.empty()) return {};
-  if (end < block.rows) pieces.push_back(zeros(block.rows - end));
+  if (end < rows) pieces.push_back(zeros(rows - end));
   return pieces.size() == 1 ? pieces.front() : at::cat(pieces, dim);
 }
 
 /// Adds to `terms` what an adapter adds to a product with V, a view of its weight; alpha is the product's factor. All
 /// parts drop the same elements of x.
-inline void add_terms(const WeightAdapter& adapter, const WeightView& view, double alpha,
+inline void add_terms(const BlockFactors& adapter, const WeightView& view, double alpha,
                       const std::shared_ptr<const Dropout>& dropout, std::vector<LowRankTerm>& terms) {
-  const auto& block = view.block;
   for (const auto& part : adapter.parts) {
-    const Overlap rows(part.begin, part.update->out_features(), block);
-    if (rows.length <= 0) continue;
-    auto factors = part.update->low_rank();
-    if (factors.A.size(1) != block.columns) factors.A = factors.A.narrow(1, block.column, block.columns);
-    if (factors.B.size(0) != rows.length) factors.B = factors.B.narrow(0, rows.in_update, rows.length);
-    // V is Wᵀ for x·Wᵀ, where the rows of W are columns of the result.
-    terms.push_back({std::move(factors.A), std::move(factors.B), !view.transposed, view.transposed ? 0 : rows.in_block,
-                     view.transposed ? rows.in_block : 0, alpha * factors.scaling, dropout});
+    const auto begin = part.rows.in_block;
+    for (const auto& term : part.factors.terms) {
+      // V is Wᵀ for x·Wᵀ, where the rows of W are columns of the result.
+      terms.push_back({term.A, term.B, !view.transposed, view.transposed ? 0 : begin, view.transposed ? begin : 0,
+                       alpha * term.scaling, dropout});
+    }
   }
 }
 
@@ -99,12 +175,13 @@ inline void add_row_change(const TokenRows& rows, const at::Tensor& values, cons
   }
 }
 
-/// Runs an operator on an adapted parameter: `base_call(values, active)` on the values that it has without low-rank
-/// updates, then `add(adapter, y)` of each active adapter's update to the result y.
-template <class BaseCall, class Add>
-at::Tensor adapted_call(AdaptedWeightImpl& carrier, const BaseCall& base_call, const Add& add) {
-  using Active = std::vector<std::shared_ptr<const WeightAdapter>>;
-  static const Active none;
+/// Runs an operator on an adapted parameter: `base_call(values, active, update)` on the values that it has without
+/// updates, scaled as the update says, then `add(adapter, y)` of each active adapter's terms to the result y; or
+/// `dense_call()` where updates of the block have no factors.
+template <class BaseCall, class Add, class DenseCall>
+at::Tensor adapted_call(AdaptedWeightImpl& carrier, const Block& block, const BaseCall& base_call, const Add& add,
+                        const DenseCall& dense_call) {
+  static const std::vector<std::shared_ptr<const WeightAdapter>> none;
   const auto weight = carrier.weight();
   const auto calls = weight->calls();
   const CallState::Running running(*calls);
@@ -112,11 +189,11 @@ at::Tensor adapted_call(AdaptedWeightImpl& carrier, const BaseCall& base_call, c
   carrier.synchronise();
   const c10::impl::ExcludeDispatchKeyGuard below(kAdaptedWeightKey);
 
-  if (snapshot->active.empty() || calls->disabled()) return base_call(snapshot->base, none);
-  auto y = base_call(snapshot->values(), snapshot->active);
-  for (const auto& adapter : snapshot->active) {
-    if (!adapter->parts.empty()) add(*adapter, y);
-  }
+  if (snapshot->active.empty() || calls->disabled()) return base_call(snapshot->base, none, BlockUpdate());
+  const auto update = block_update(*snapshot, *weight, block);
+  if (!update) return dense_call();
+  auto y = base_call(snapshot->values(), snapshot->active, *update);
+  for (const auto& adapter : update->adapters) add(adapter, y);
   return y;
 }
 
@@ -155,9 +232,12 @@ inline ProductKernel chosen_kernel(const ProductCall& call) {
 /// multiplied by the plain operator with its own gradient.
 inline at::Tensor product_of(ProductCall call) {
   if (c10::GradMode::is_enabled() && call.matrix.requires_grad()) {
-    auto y = call.plain(call.x, call.matrix, call.addend);
+    auto y = call.is_scaled()
+                 ? scaled_sum(at::matmul(call.in_scale.defined() ? call.x * call.in_scale : call.x, call.matrix),
+                              call.out_scale, call.alpha, call.addend, call.beta)
+                 : call.plain(call.x, call.matrix, call.addend);
     if (call.terms.empty()) return y;
-    call.matrix = at::Tensor();
+    call.matrix = call.in_scale = call.out_scale = at::Tensor();
     call.addend = std::move(y);
     call.beta = 1;
     call.plain = [](const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>& sum) {
@@ -165,17 +245,32 @@ inline at::Tensor product_of(ProductCall call) {
     };
     call.x = call.x.to(call.addend->scalar_type());
   } else {
-    if (call.terms.empty() && at::autocast::is_autocast_enabled(call.x.device().type())) {
+    const bool is_plain = call.terms.empty() && !call.is_scaled();
+    if (is_plain && at::autocast::is_autocast_enabled(call.x.device().type())) {
       return call.plain(call.x, call.matrix, call.addend);
     }
     apply_autocast(call);
     call.kernel = chosen_kernel(call);
-    if (call.terms.empty() && call.kernel == ProductKernel::kAten) {
-      return call.plain(call.x, call.matrix, call.addend);
-    }
+    if (is_plain && call.kernel == ProductKernel::kAten) return call.plain(call.x, call.matrix, call.addend);
   }
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return LowRankProduct::run(call);
+}
+
+/// The parameter's values as a plain tensor in the base's dtype, differentiable in the adapters' tensors.
+inline at::Tensor dense_weight(AdaptedWeightImpl& carrier);
+
+/// Adds alpha·x·ΔWᵀ of the updates that multiply by themselves.
+inline void add_products(const BlockFactors& adapter, const at::Tensor& x, double alpha,
+                         const std::shared_ptr<const Dropout>& dropout, at::Tensor& y) {
+  if (adapter.products.empty()) return;
+  const auto dropped = dropout == nullptr ? x : dropout->apply(x);
+  for (const auto& product : adapter.products) {
+    const auto& rows = product.rows;
+    auto delta = product.update->product(dropped).to(y.scalar_type());
+    if (rows.length != delta.size(-1)) delta = delta.narrow(-1, rows.in_update, rows.length);
+    (rows.length == y.size(-1) ? y : y.narrow(-1, rows.in_block, rows.length)).add_(delta, alpha);
+  }
 }
 
 /// beta·addend + alpha·x·V for a view V [in, out] of an adapted weight, the adapters' terms with alpha.
@@ -185,7 +280,7 @@ inline at::Tensor product_of(ProductCall call) {
 /// head, which the adapter leaves as it is but for rows of tokens.
 inline at::Tensor adapted_product(const at::Tensor& x, AdaptedWeightImpl& carrier, const WeightView& view,
                                   const std::optional<at::Tensor>& addend, double beta, double alpha,
-                                  ProductCall::Plain plain) {
+                                  const char* operator_name, ProductCall::Plain plain) {
   const auto weight = carrier.weight();
   const bool table = weight->layout() == WeightLayout::kTable;
   if (table) weight->note_multiplied();
@@ -197,17 +292,30 @@ inline at::Tensor adapted_product(const at::Tensor& x, AdaptedWeightImpl& carrie
 
   const bool adapted = !snapshot->active.empty() && !calls->disabled();
   const auto values = adapted && !table ? snapshot->values() : table ? weight->base() : snapshot->base;
-  ProductCall call{plain, x, view.of(weight->matrix(values)), addend, alpha, beta, calls->plan(), ProductKernel::kAten,
-                   {}};
+  ProductCall call{
+      plain, x, view.of(weight->matrix(values)), addend, alpha, beta, calls->plan(), ProductKernel::kAten, {}, {}, {}};
+  BlockUpdate update;
+  std::vector<std::shared_ptr<const Dropout>> dropouts;
   if (adapted && !table) {
-    for (const auto& adapter : snapshot->active) {
-      if (adapter->parts.empty()) continue;
-      std::shared_ptr<const Dropout> dropout;
-      if (drops_input(*adapter, *weight)) dropout = std::make_shared<const Dropout>(adapter->dropout, x);
-      add_terms(*adapter, view, alpha, dropout, call.terms);
+    auto found = block_update(*snapshot, *weight, view.block, /*by_product=*/view.transposed);
+    if (!found) {
+      calls->count_fallback(operator_name);
+      const auto dense = dense_weight(carrier);
+      return plain(x, view.transposed == carrier.view().transposed ? dense : dense.t(), addend);
     }
+    update = std::move(*found);
+    for (const auto& adapter : update.adapters) {
+      std::shared_ptr<const Dropout> dropout;
+      if (drops_input(*adapter.adapter, *weight))
+        dropout = std::make_shared<const Dropout>(adapter.adapter->dropout, x);
+      add_terms(adapter, view, alpha, dropout, call.terms);
+      dropouts.push_back(std::move(dropout));
+    }
+    call.in_scale = view.transposed ? update.columns : update.rows;
+    call.out_scale = view.transposed ? update.rows : update.columns;
   }
   auto y = product_of(std::move(call));
+  for (size_t i = 0; i < update.adapters.size(); ++i) add_products(update.adapters[i], x, alpha, dropouts[i], y);
   if (adapted) {
     for (const auto& adapter : snapshot->active) {
       if (adapter->rows.defined()) add_row_change(adapter->rows, values, *weight, x, view, alpha, y);
@@ -222,7 +330,6 @@ inline at::Tensor widened_copy(const at::Tensor& values, at::ScalarType dtype) {
   return values.to(values.options().dtype(dtype), /*non_blocking=*/false, /*copy=*/true, format);
 }
 
-/// The parameter's values as a plain tensor in the base's dtype, differentiable in the adapters' tensors.
 inline at::Tensor dense_weight(AdaptedWeightImpl& carrier) {
   const auto& weight = *carrier.weight();
   const CallState::Running running(*weight.calls());
@@ -244,14 +351,14 @@ inline at::Tensor dense_weight(AdaptedWeightImpl& carrier) {
       own = true;
     }
     for (const auto& adapter : snapshot->active) {
-      if (adapter->offsets.empty() && adapter->parts.empty()) continue;
+      if (!adapter->changes_bias() && adapter->parts.empty()) continue;
       if (!own) values = widened_copy(values, wide);
       own = true;
-      for (const auto& offset : adapter->offsets) {
-        values.narrow(0, offset.begin, offset.values.size(0)).add_(offset.values, offset.scaling);
-      }
+      adapter->change_bias(weight.base(), values);
       for (const auto& part : adapter->parts) {
-        weight.matrix(values).narrow(0, part.begin, part.update->out_features()).add_(part.update->dense());
+        weight.matrix(values)
+            .narrow(0, part.begin, part.update->out_features())
+            .add_(part.update->dense(part.base(weight.base(), weight.layout())));
       }
     }
     values = values.to(snapshot->base.scalar_type());

@@ -27,18 +27,19 @@ struct TokenRows {
 
 /// What one adapter does to one parameter of a model.
 struct WeightAdapter {
-  /// An update ΔW of a range of the matrix's rows.
-  struct Part {
-    std::string name;   // "q"; empty: the whole weight
-    int64_t begin = 0;  // first row in the matrix
-    std::shared_ptr<Update> update;
-  };
+  using Part = UpdatePart;
   /// A term of a range of a bias: lora_B's bias, which counts scaling times.
   struct Offset {
     std::string name;  // below the adapter's node: the part's or the weight's name; empty for a module with one weight
     int64_t begin = 0;
     at::Tensor values;
     double scaling = 1;
+  };
+
+  /// What a range of a bias is multiplied by: a tensor of the weight's update.
+  struct Scale {
+    int64_t begin = 0;
+    at::Tensor values;
   };
 
   /// A tensor with its place below the adapter's node, empty for the node itself.
@@ -52,6 +53,7 @@ struct WeightAdapter {
   double dropout = 0;
   std::vector<Part> parts;  // by ascending rows, without overlap
   std::vector<Offset> offsets;
+  std::vector<Scale> scales;
   at::Tensor copy;        // stands in place of the base's values, in their shape
   std::string copy_name;  // the parameter's
   bool copies_buffer = false;
@@ -60,6 +62,21 @@ struct WeightAdapter {
 
   /// Whether forming the weight's values needs more than the base or the copy as they are.
   bool forms_dense() const { return !parts.empty() || rows.defined(); }
+
+  /// Whether it changes a bias by more than a copy.
+  bool changes_bias() const { return !offsets.empty() || !scales.empty(); }
+
+  /// Adds to a bias in the dtype of sums, a copy that may be written to, what the adapter makes of `base`.
+  void change_bias(const at::Tensor& base, at::Tensor& values) const {
+    for (const auto& offset : offsets) {
+      values.narrow(0, offset.begin, offset.values.size(0)).add_(offset.values, offset.scaling);
+    }
+    for (const auto& scale : scales) {
+      const auto size = scale.values.size(0);
+      const auto scaled = base.narrow(0, scale.begin, size).to(values.scalar_type());
+      values.narrow(0, scale.begin, size).add_((scale.values - 1) * scaled);
+    }
+  }
 
   std::vector<Tensor> tensors() const {
     std::vector<Tensor> result;
@@ -90,9 +107,10 @@ struct WeightAdapter {
     };
     auto result = *this;
     for (auto& part : result.parts) {
-      part.update = part.update->clone(device.value_or(part.update->low_rank().A.device()));
+      part.update = part.update->clone(cloned);
     }
     for (auto& offset : result.offsets) offset.values = cloned(offset.values);
+    for (auto& scale : result.scales) scale.values = cloned(scale.values);
     result.copy = cloned(copy);
     result.rows.values = cloned(rows.values);
     return result;

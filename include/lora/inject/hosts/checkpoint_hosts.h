@@ -2,10 +2,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/equal.h>
+#include <lora/base/weight_layout.h>
 #include <lora/inject/site.h>
 #include <lora/version.h>
 #include <lora/weight/host.h>
-#include <lora/weight/weight_layout.h>
 
 #include <cstdint>
 #include <map>
@@ -25,7 +25,8 @@ struct CheckpointHints {
     std::vector<int64_t> A;  // sizes [r, in, ...]; empty: not in the file
     std::vector<int64_t> B;  // sizes [out, r, ...]; empty: not in the file
     bool embedding = false;
-    bool bias = false;  // B has a bias
+    bool bias = false;       // B has a bias
+    int64_t parameters = 0;  // of all tensors for the weight
   };
 
   std::map<std::string, Factors> factors;    // by the weight's path in PEFT's files

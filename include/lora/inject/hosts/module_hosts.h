@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -35,6 +36,7 @@ struct HostWeight {
   std::string file_name = "";  // appended to the module's path in PEFT's files
   bool is_buffer = false;
   std::string refusal = "";  // why no update can live in it; empty: one can
+  bool transposed_convolution = false;
 };
 
 /// The parameters of a module of a known type; none for another type.
@@ -64,8 +66,11 @@ std::vector<HostWeight> weight_and_bias_host(torch::nn::Module& module) {
   if (dynamic_cast<M*>(&module) == nullptr) return {};
   const bool plain = layout == WeightLayout::kPlain;
   const std::string name = plain ? "weight" : "";
-  constexpr bool linear = layout == WeightLayout::kRows;
-  return {{name, "weight", member_of<M>(&M::weight), layout, linear, {}, name}, plain_parameter<M>("bias", &M::bias)};
+  HostWeight weight{name, "weight", member_of<M>(&M::weight), layout, layout == WeightLayout::kRows, {}, name};
+  weight.transposed_convolution = std::is_same_v<M, torch::nn::ConvTranspose1dImpl> ||
+                                  std::is_same_v<M, torch::nn::ConvTranspose2dImpl> ||
+                                  std::is_same_v<M, torch::nn::ConvTranspose3dImpl>;
+  return {std::move(weight), plain_parameter<M>("bias", &M::bias)};
 }
 
 template <class M>
@@ -293,6 +298,7 @@ class ModuleWalk {
     site.is_buffer = weight.is_buffer;
     site.layout = weight.layout;
     site.refusal = weight.refusal;
+    site.transposed_convolution = weight.transposed_convolution;
     site.host = std::make_shared<ModuleHost>(module, weight);
     site.predicate = [weak = std::weak_ptr<torch::nn::Module>(module)](const Targeting& targeting,
                                                                        const std::string& name) {

@@ -282,6 +282,7 @@ class ScriptWalk {
     site.is_linear = kind.is_linear;
     site.is_buffer = parameters_.count({object, attribute}) == 0;
     site.layout = kind.layout;
+    site.transposed_convolution = class_name(module).rfind("ConvTranspose", 0) == 0;
     if (renormalised_.count({object, attribute}) != 0) site.refusal = kMaxNormRefusal;
     site.is_multiplied = multiplied_tables_.count({object, attribute}) != 0;
     const auto host = std::make_shared<ScriptHost>(module, attribute);
