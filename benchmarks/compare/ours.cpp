@@ -12,6 +12,7 @@
 
 #include "adapter_cases.h"   // defines: merge, merge_square, load, merged_forward, carrier
 #include "limit_cases.h"     // defines: limits, products
+#include "method_cases.h"    // defines: methods
 #include "setup.h"           // defines: Arguments, Json, load_adapted
 #include "training_cases.h"  // defines: train, profile, e2e, growth
 
@@ -30,9 +31,10 @@ Json start(const Arguments& arguments) {
 
 int main(int argc, char** argv) {
   const std::map<std::string, Json (*)(const Arguments&)> cases{
-      {"train", train}, {"profile", profile}, {"e2e", e2e},           {"growth", growth},
-      {"merge", merge}, {"load", load},       {"carrier", carrier},   {"merge_square", merge_square},
-      {"start", start}, {"limits", limits},   {"products", products}, {"merged_forward", merged_forward}};
+      {"train", train},    {"profile", profile}, {"e2e", e2e},           {"growth", growth},
+      {"merge", merge},    {"load", load},       {"carrier", carrier},   {"merge_square", merge_square},
+      {"start", start},    {"limits", limits},   {"products", products}, {"merged_forward", merged_forward},
+      {"methods", methods}};
   Arguments arguments;
   std::string name;
   CLI::App app("One case of the comparison with Python PEFT.");

@@ -72,6 +72,18 @@ def train(arguments):
     return result | {"peak_bytes": resident_bytes("VmHWM") - idle}
 
 
+def dora(arguments):
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(
+        arguments.inputs / "gpt2", dtype=arguments.dtype, attn_implementation="sdpa")
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, use_dora=True, fan_in_fan_out=True,
+                                             target_modules=["c_attn", "attn.c_proj"]))
+    ids = torch.tensor(json.loads((arguments.inputs / "batch.json").read_text()))
+    return train_on(arguments, model, [{"input_ids": ids, "labels": ids}] * arguments.steps)
+
+
 def e2e(arguments):
     lines = json.loads((arguments.inputs / "e2e.json").read_text())
     batches = []
@@ -169,7 +181,7 @@ def limits(arguments):
 
 def main():
     cases = {function.__name__: function
-             for function in (train, e2e, growth, merge, merge_square, load, start, limits)}
+             for function in (train, dora, e2e, growth, merge, merge_square, load, start, limits)}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case", choices=cases)
     parser.add_argument("--inputs", type=pathlib.Path, required=True)

@@ -32,11 +32,21 @@ struct GPT2Config {
   std::int64_t inner_size() const { return n_inner > 0 ? n_inner : 4 * n_embd; }
 };
 
-/// Keys and values of the tokens already read, a pair of [batch, head, past, head size] for each layer.
+/// Keys and values in front of the input, a pair of [batch, head, past, head size] for each layer; empty: none.
+using GPT2Past = std::vector<std::pair<torch::Tensor, torch::Tensor>>;
+
+/// Keys and values of the tokens already read, which a forward extends. Reading may begin behind a past.
 struct GPT2Cache {
-  std::vector<std::pair<torch::Tensor, torch::Tensor>> layers;
+  GPT2Past layers;
 
   std::int64_t length() const { return layers.empty() ? 0 : layers.front().first.size(2); }
+};
+
+/// What a forward reads: tokens or, in their place, embeddings, behind a past whose positions come first.
+struct GPT2Inputs {
+  torch::Tensor input_ids;      // [batch, length]; undefined where there are embeddings
+  torch::Tensor inputs_embeds;  // [batch, length, n_embd], without those of the positions
+  GPT2Past past_key_values;     // may need a gradient; a cache takes it as its layers instead
 };
 
 /// Sequences without padding, made of pieces that lie one after the other. Sequences that begin alike, as several
@@ -63,18 +73,14 @@ struct GPT2AttentionImpl : torch::nn::Module {
       heads.push_back(part.view({batch, length, heads_, width / heads_}).transpose(1, 2));
     }
     auto query = heads[0], key = heads[1], value = heads[2];
-    torch::Tensor mask;
     if (past != nullptr) {
       if (past->first.defined()) {
         key = torch::cat({past->first, key}, 2);
         value = torch::cat({past->second, value}, 2);
-        // Row i of the new tokens sees the whole past and the new tokens up to itself.
-        mask = torch::ones({length, key.size(2)}, x.options().dtype(torch::kBool)).tril(key.size(2) - length);
       }
       *past = {key, value};
     }
-    auto mixed = mask.defined() ? at::scaled_dot_product_attention(query, key, value, mask)
-                                : at::scaled_dot_product_attention(query, key, value, {}, 0.0, /*is_causal=*/true);
+    const auto mixed = attend(query, key, value);
     return c_proj(mixed.transpose(1, 2).reshape({batch, length, width}));
   }
 
@@ -104,6 +110,16 @@ struct GPT2AttentionImpl : torch::nn::Module {
   torch::nn::Linear c_attn, c_proj;
 
  private:
+  /// Row i of the queries sees the whole past and the new tokens up to itself.
+  static torch::Tensor attend(const torch::Tensor& query, const torch::Tensor& key, const torch::Tensor& value) {
+    const auto length = query.size(2), past = key.size(2) - length;
+    if (past == 0 || length == 1) {
+      return at::scaled_dot_product_attention(query, key, value, {}, 0.0, /*is_causal=*/past == 0);
+    }
+    const auto mask = torch::ones({length, past + length}, query.options().dtype(torch::kBool)).tril(past);
+    return at::scaled_dot_product_attention(query, key, value, mask);
+  }
+
   static torch::Tensor join(const std::vector<torch::Tensor>& pieces, const std::vector<std::size_t>& sequence) {
     if (sequence.size() == 1) return pieces[sequence.front()];
     std::vector<torch::Tensor> parts;
@@ -166,14 +182,25 @@ struct GPT2ModelImpl : torch::nn::Module {
 
   /// input_ids: [batch, length] to hidden states [batch, length, n_embd].
   torch::Tensor forward(const torch::Tensor& input_ids, GPT2Cache* cache = nullptr) {
-    const auto past = cache != nullptr ? cache->length() : 0;
-    const auto end = past + input_ids.size(1);
+    return forward(GPT2Inputs{input_ids, {}, {}}, cache);
+  }
+
+  /// The same for all that can be read.
+  torch::Tensor forward(const GPT2Inputs& inputs, GPT2Cache* cache = nullptr) {
+    check_inputs(inputs, cache);
+    const auto& past = inputs.past_key_values;
+    auto x = inputs.inputs_embeds.defined() ? inputs.inputs_embeds : wte(inputs.input_ids);
+    const auto begin = cache != nullptr ? cache->length() : GPT2Cache{past}.length();
+    const auto end = begin + x.size(1);
     TORCH_CHECK_VALUE(end <= wpe->options.num_embeddings(), "[GPT2] found ", end, " tokens, expected at most ",
                       wpe->options.num_embeddings(), " (n_positions); shorten the input");
     if (cache != nullptr) cache->layers.resize(h->size());
-    const auto x = wte(input_ids) + wpe(torch::arange(past, end, input_ids.options()));
-    return run_blocks(x, [this, cache](std::size_t layer, const torch::Tensor& hidden) {
-      return block(layer).forward(hidden, cache != nullptr ? &cache->layers[layer] : nullptr);
+    x = x + wpe(torch::arange(begin, end, x.options().dtype(torch::kInt64)));
+    return run_blocks(x, [this, cache, past](std::size_t layer, const torch::Tensor& hidden) {
+      if (cache != nullptr) return block(layer).forward(hidden, &cache->layers[layer]);
+      if (past.empty()) return block(layer).forward(hidden, nullptr);
+      auto of_layer = past[layer];  // its own, as a layer may be run twice
+      return block(layer).forward(hidden, &of_layer);
     });
   }
 
@@ -196,6 +223,18 @@ struct GPT2ModelImpl : torch::nn::Module {
   torch::nn::LayerNorm ln_f;
 
  private:
+  void check_inputs(const GPT2Inputs& inputs, const GPT2Cache* cache) const {
+    const bool embeds = inputs.inputs_embeds.defined();
+    TORCH_CHECK_VALUE(embeds != inputs.input_ids.defined(), "[GPT2] found ", embeds ? "both" : "neither",
+                      " of input_ids and inputs_embeds, expected one of them");
+    const auto& past = inputs.past_key_values;
+    TORCH_CHECK_VALUE(cache == nullptr || past.empty(),
+                      "[GPT2] found past_key_values beside a cache, expected them as the layers of a new cache");
+    const auto layers = cache != nullptr ? cache->layers.size() : past.size();
+    TORCH_CHECK_VALUE(layers == 0 || layers == h->size(), "[GPT2] found a past of ", layers, " layers, expected ",
+                      h->size());
+  }
+
   /// [tokens]: where each token stands in its sequences.
   torch::Tensor positions_of(const GPT2Packed& packed) const {
     constexpr std::int64_t kNowhere = -1;
@@ -262,6 +301,11 @@ struct GPT2LMHeadModelImpl : torch::nn::Module {
   /// input_ids: [batch, length] to logits [batch, length, vocab_size]; padding on the right needs no mask.
   torch::Tensor forward(const torch::Tensor& input_ids, GPT2Cache* cache = nullptr) {
     return lm_head(transformer->forward(input_ids, cache));
+  }
+
+  /// The same for all that can be read; the embeddings' positions have logits too.
+  torch::Tensor forward(const GPT2Inputs& inputs, GPT2Cache* cache = nullptr) {
+    return lm_head(transformer->forward(inputs, cache));
   }
 
   const GPT2Config config;

@@ -7,6 +7,7 @@
 #include <lora/inject/inject_options.h>
 #include <lora/inject/model_adapters.h>
 #include <lora/inject/report.h>
+#include <lora/inject/truncate.h>
 #include <lora/inject/verify.h>
 #include <lora/io/load_options.h>
 #include <lora/io/peft_reader.h>
@@ -51,6 +52,8 @@ class Adapters {
   std::vector<std::pair<std::string, at::Tensor>> named_parameters() const;
   /// The same with their names and their roles for an optimizer.
   std::vector<UpdateTensor> trainable_tensors() const;
+  /// The updates of the trainable adapters with the paths of their weights.
+  std::vector<std::pair<std::string, const Update*>> trainable_updates() const;
   /// All tensors of one adapter, trainable or not.
   std::vector<std::pair<std::string, at::Tensor>> named_tensors(const std::string& name) const;
 
@@ -99,6 +102,14 @@ class Adapters {
   MergeReport merge(const std::vector<std::string>& names, const MergeOptions& options = {});
   /// What merge() would take, with nothing done.
   MergeReport merge_cost(const MergeOptions& options = {}) const;
+  /// Brings an adapter to a smaller rank by the SVD of its ΔW, in the space of its factors: the first `rank` singular
+  /// values of each weight, or as many as hold `energy` of the sum of their squares. What LoRA's s·B·A gives stays
+  /// nearest to what it was, the scaling stays; an adapter of another method whose ΔW is a sum of such products becomes
+  /// LoRA.
+  ///
+  /// The tensors are new ones: an optimizer has to be made anew. Throws a StateError for a merged adapter, and a
+  /// c10::ValueError for a ΔW that is no such sum.
+  TruncationReport truncate(const std::string& name, const Truncation& to);
   /// Goes back to W0, bit for bit.
   void unmerge();
   /// Takes every adapter out: the plain base model, bit for bit, with its requires_grad flags.
@@ -283,6 +294,20 @@ inline std::vector<std::pair<std::string, at::Tensor>> Adapters::named_parameter
   return result;
 }
 
+inline std::vector<std::pair<std::string, const Update*>> Adapters::trainable_updates() const {
+  std::vector<std::pair<std::string, const Update*>> result;
+  for (const auto& name : trainable()) {
+    for (const auto& site : state().sites()) {
+      const auto* updates = site.find(name);
+      if (updates == nullptr) continue;
+      for (const auto& part : updates->parts) {
+        result.emplace_back(detail::join_path(site.path, part.name), part.update.get());
+      }
+    }
+  }
+  return result;
+}
+
 inline std::vector<std::pair<std::string, at::Tensor>> Adapters::named_tensors(const std::string& name) const {
   state().adapter(name);
   std::vector<std::pair<std::string, at::Tensor>> result;
@@ -425,6 +450,24 @@ inline MergeReport Adapters::merge(const std::vector<std::string>& names, const 
 
 inline MergeReport Adapters::merge_cost(const MergeOptions& options) const {
   return detail::SiteMerger(state().sites(), state().active(), state().active()).cost(options.keep_base());
+}
+
+inline TruncationReport Adapters::truncate(const std::string& name, const Truncation& to) {
+  const auto lock = state().change("truncate");
+  const auto trainable = this->trainable();
+  auto [prepared, report] = detail::truncate(state(), name, to);
+  const auto active = state().active(), merged = state().merged();
+  if (detail::contains(merged, name)) {
+    throw StateError("[lora::truncate] found \"" + name + "\" merged, expected it unmerged; call unmerge() first");
+  }
+  auto without = active;
+  without.erase(std::remove(without.begin(), without.end(), name), without.end());
+  const auto weights = state().merged_weights();
+  state().install(without, merged, weights);
+  state().exchange(std::move(prepared));
+  state().install(active, merged, weights);
+  state().set_trainable(trainable);
+  return report;
 }
 
 inline void Adapters::unmerge() {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <lora/inject/eva.h>
 #include <lora/inject/find.h>
 #include <lora/inject/inject_options.h>
 #include <lora/inject/model_adapters.h>
@@ -33,11 +34,10 @@ class LoRALinearImpl : public torch::nn::Module {
     const auto plan = detail::take_acceleration(*this);
     auto targeted = config;
     targeted.target_modules({"base_layer"});
-    const auto method = std::make_shared<const Method>(targeted);
     detail::ModuleWalk walk;
     const auto state = std::make_shared<detail::ModelAdapters>(
         walk.layer(base_layer.ptr(), "base_layer", /*file_path=*/""), base_layer->parameters(), nullptr);
-    state->add(method, name);
+    detail::add_adapter(*state, targeted, name, options);
     if (plan != nullptr) state->accelerate(plan, /*stays=*/true);
     detail::accelerate_by_default(*state, options.accelerate());
     state->install({name}, {});

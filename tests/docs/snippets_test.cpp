@@ -8,11 +8,14 @@
 #include <torch/optim/adamw.h>
 
 #include <cctype>
+#include <cmath>
+#include <cstdint>
 #include <filesystem>
 #include <iostream>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -271,6 +274,143 @@ TEST_F(Snippet, OfMigratingFromPeft) {
   EXPECT_EQ(optimizer.param_groups().size(), 3U);
 }
 
+TEST_F(Snippet, OfPrefixTuning) {
+  auto model = gpt2();
+  const auto ids = at::arange(16).view({2, 8});
+  lora::PrefixTuning prefix(
+      lora::PrefixTuningConfig().num_virtual_tokens(5).num_layers(2).num_attention_heads(2).token_dim(12));
+  torch::optim::AdamW optimizer(
+      lora::param_groups(prefix->trainable_tensors(), torch::optim::AdamWOptions(5e-3).weight_decay(0)));
+  auto logits = model->forward(GPT2Inputs{ids, {}, prefix->past_key_values(ids.size(0))});
+  EXPECT_EQ(logits.size(1), 8);
+
+  const auto past = prefix->past_key_values(2)[0];
+  const auto query = harness::normal({2, 2, 8, 6}, 1, at::kFloat);
+  auto key = harness::normal({2, 2, 8, 6}, 2, at::kFloat), value = harness::normal({2, 2, 8, 6}, 3, at::kFloat);
+  {
+    const auto n = past.first.size(2);
+    key = torch::cat({past.first, key}, /*dim=*/2);
+    value = torch::cat({past.second, value}, /*dim=*/2);
+    auto mixed = lora::attention(query, key, value, /*is_causal=*/true, /*scale=*/std::nullopt, /*past=*/n);
+    const auto mask = torch::ones({8, n + 8}, torch::kBool).tril(n);
+    EXPECT_TRUE(at::allclose(mixed, at::scaled_dot_product_attention(query, key, value, mask), 1e-4, 1e-5));
+  }
+  GPT2Cache cache{prefix->past_key_values(1)};
+  model->forward(ids.narrow(0, 0, 1).narrow(1, 0, 5), &cache);
+  cache.layers.clear();
+  model->forward(ids.narrow(0, 0, 1).narrow(1, 0, 5), &cache);
+  prefix->start(cache.layers);
+
+  auto adapters = lora::inject(*model, lora::LoraConfig().r(4).target_modules({"c_attn"}));
+  auto tensors = adapters.trainable_tensors();
+  for (const auto& tensor : prefix->trainable_tensors()) tensors.push_back(tensor);
+  torch::optim::AdamW both(lora::param_groups(tensors, torch::optim::AdamWOptions(2e-4),
+                                              lora::LoraPlusOptions().lr("embedding.weight", 5e-3)));
+  lora::TrainingState().adapters(adapters).tensors(prefix->named_parameters().pairs()).optimizer(both).save("out/run");
+  {
+    prefix->save("out/prefix");
+    auto loaded = lora::load_prefix_tuning("out/prefix");
+    EXPECT_TRUE(at::equal(loaded->prompt_embeddings(), prefix->prompt_embeddings()));
+  }
+}
+
+TEST_F(Snippet, OfPromptTuning) {
+  auto model = gpt2();
+  auto& wte = model->transformer->wte;
+  const auto ids = at::arange(16).view({2, 8});
+  lora::PromptTuning prompt(lora::PromptTuningConfig().num_virtual_tokens(5).token_dim(12));
+  prompt->start(wte->weight.slice(/*dim=*/0, 0, 5));
+  auto logits = model->forward(GPT2Inputs{{}, prompt->prepend(wte(ids)), {}});
+  auto labels = prompt->pad_labels(ids);
+  auto loss = torch::cross_entropy_loss(logits.slice(1, 0, -1).flatten(0, 1), labels.slice(1, 1).flatten());
+  loss.backward();
+  EXPECT_TRUE(prompt->embedding->weight.grad().defined());
+  {
+    prompt->save("out/prompt");
+    auto loaded = lora::load_prompt_tuning("out/prompt");
+    EXPECT_TRUE(at::equal(loaded->prompt_embeddings(), prompt->prompt_embeddings()));
+  }
+}
+
+TEST_F(Snippet, OfDora) {
+  auto model = gpt2();
+  auto adapters =
+      lora::inject(*model, lora::LoraConfig().r(8).lora_alpha(16).use_dora(true).target_modules({"c_attn", "c_fc"}));
+  EXPECT_EQ(adapters.report().trainable_parameters, 2 * (8 * (12 + 36) + 36 + 8 * (12 + 48) + 48));
+}
+
+TEST_F(Snippet, OfVera) {
+  auto model = gpt2();
+  auto adapters = lora::inject(*model, lora::VeraConfig().r(256).projection_prng_key(3).target_modules({"c_attn"}));
+  torch::optim::AdamW optimizer(lora::param_groups(adapters, torch::optim::AdamWOptions(4e-3)));
+  EXPECT_EQ(adapters.report().trainable_parameters, 2 * (256 + 36));
+}
+
+TEST_F(Snippet, OfIA3) {
+  auto model = gpt2();
+  auto adapters = lora::inject(
+      *model, lora::IA3Config().target_modules({"c_attn", "mlp.c_proj"}).feedforward_modules({"mlp.c_proj"}));
+  EXPECT_EQ(adapters.report().trainable_parameters, 2 * (36 + 48));
+}
+
+TEST_F(Snippet, OfMiss) {
+  auto model = gpt2();
+  auto adapters = lora::inject(*model, lora::MissConfig().r(8).target_modules({"c_attn", "c_fc"}));
+  EXPECT_EQ(adapters.report().trainable_parameters, 2 * 8 * (36 + 48));
+}
+
+TEST_F(Snippet, OfMora) {
+  auto model = gpt2();
+  auto adapters = lora::inject(*model, lora::MoraConfig().r(8).mora_type(6).target_modules({"c_attn"}));
+  EXPECT_EQ(adapters.report().trainable_parameters, 2 * 20 * 20);  // √(8·48) = 19.6
+}
+
+TEST_F(Snippet, OfStarts) {
+  {
+    auto model = gpt2();
+    auto adapters = lora::inject(
+        *model, lora::LoraConfig().r(8).init_lora_weights(lora::LoraInit::kPissa).target_modules({"c_attn", "c_fc"}));
+    EXPECT_EQ(adapters.report().trainable_parameters, 2 * 8 * (12 + 36 + 12 + 48));
+  }
+  auto model = gpt2();
+  const std::vector<torch::Tensor> batches{at::arange(24).view({2, 12}), at::arange(23, -1, -1).view({2, 12})};
+  const auto run = [&](int64_t batch) {
+    if (batch == static_cast<int64_t>(batches.size())) return false;
+    model->forward(batches[static_cast<size_t>(batch)]);
+    return true;
+  };
+  auto adapters = lora::inject(
+      *model, lora::LoraConfig().r(2).init_lora_weights(lora::LoraInit::kEva).target_modules({"c_attn", "c_fc"}),
+      "default", lora::InjectOptions().data(run));
+  EXPECT_FALSE(adapters.parameters().empty());
+}
+
+TEST_F(Snippet, OfLoraFaAndTruncate) {
+  auto model = gpt2();
+  auto adapters = lora::inject(*model, lora::LoraConfig().r(8).target_modules({"c_attn"}));
+  {
+    const lora::LoraFa only_B(adapters);
+    torch::optim::AdamW optimizer(lora::param_groups(adapters, torch::optim::AdamWOptions(2e-4)));
+    model->forward(at::arange(16).view({2, 8})).sum().backward();
+    optimizer.step();
+  }
+  harness::fill(adapters);
+  {
+    const auto report = adapters.truncate("default", lora::Truncation::energy(0.9));
+    std::cout << report;
+    adapters.save("out/small");
+    EXPECT_LT(report.error, std::sqrt(0.1) + 1e-6);
+  }
+}
+
+TEST_F(Snippet, OfTheGuideOtherMethods) {
+  auto model = gpt2();
+  auto adapters = lora::inject(*model, lora::IA3Config().target_modules({"c_attn"}));
+  adapters.add(lora::LoraConfig().r(4).use_dora(true).target_modules({"c_fc"}), "dora");
+  adapters.set_active({"default", "dora"});
+  EXPECT_EQ(adapters.active().size(), 2U);
+}
+
 // What the docs say.
 
 std::string without_space(const std::string& text) {
@@ -283,7 +423,7 @@ std::string without_space(const std::string& text) {
 
 std::vector<std::string> pages() {
   std::vector<std::string> found{kRoot + "README.md"};
-  for (const auto& entry : std::filesystem::directory_iterator(kRoot + "docs")) {
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(kRoot + "docs")) {
     if (entry.path().extension() == ".md") found.push_back(entry.path().string());
   }
   return found;

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <lora/io/safetensors.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <filesystem>
 #include <map>
@@ -105,6 +106,51 @@ TEST(GPT2, ReadsThroughItsCacheWhatItReadsAtOnce) {
   const auto last = model->forward(ids.narrow(1, 11, 1), &cache);
   EXPECT_EQ(cache.length(), 12);
   EXPECT_TRUE(at::allclose(at::cat({first, middle, last}, 1), logits, 1e-4, 1e-5));
+}
+
+// In one piece as through the cache, and with the gradients of the whole.
+TEST(GPT2, ReadsBehindAPast) {
+  GPT2LMHeadModel model(small_config());
+  const auto ids = at::randint(50, {2, 12}, at::kLong);
+  GPT2Cache cache;
+  model->forward(ids.narrow(1, 0, 5), &cache);
+  const auto behind = model->forward(GPT2Inputs{ids.narrow(1, 5, 7), {}, cache.layers});
+  const auto logits = model->forward(ids);
+  EXPECT_TRUE(at::allclose(behind, logits.narrow(1, 5, 7), 1e-4, 1e-5));
+  EXPECT_EQ(cache.length(), 5);  // only read
+  const auto weight = model->transformer->h->ptr<GPT2BlockImpl>(0)->attn->c_attn->weight;
+  const auto gradient = [&](const at::Tensor& of) {
+    return torch::autograd::grad({of.square().sum()}, {weight}, {}, /*retain_graph=*/true)[0];
+  };
+  EXPECT_TRUE(at::allclose(gradient(behind), gradient(logits.narrow(1, 5, 7)), 1e-3, 1e-4));
+  EXPECT_EQ(model->forward(GPT2Inputs{ids.narrow(1, 5, 7), {}, {}}, &cache).sizes(), behind.sizes());
+  EXPECT_EQ(cache.length(), 12);
+}
+
+TEST(GPT2, ReadsEmbeddingsInPlaceOfTokens) {
+  GPT2LMHeadModel model(small_config());
+  const auto ids = at::randint(50, {2, 12}, at::kLong);
+  const auto embeds = model->transformer->wte(ids).detach().requires_grad_(true);
+  const auto logits = model->forward(GPT2Inputs{{}, embeds, {}});
+  EXPECT_TRUE(at::equal(logits, model->forward(ids)));
+  const auto gradient = torch::autograd::grad({logits.sum()}, {embeds})[0];
+  EXPECT_GT(gradient.abs().min().item<double>(), 0);
+}
+
+TEST(GPT2, RefusesInputsThatMakeNoSense) {
+  GPT2LMHeadModel model(small_config());
+  const auto ids = at::zeros({1, 4}, at::kLong);
+  GPT2Cache cache;
+  model->forward(ids, &cache);
+  const auto message = [&](const GPT2Inputs& inputs, GPT2Cache* with = nullptr) {
+    return message_of<c10::ValueError>([&] { model->forward(inputs, with); });
+  };
+  EXPECT_THAT(message({}), HasSubstr("[GPT2] found neither of input_ids and inputs_embeds"));
+  EXPECT_THAT(message({ids, at::zeros({1, 4, 24}), {}}), HasSubstr("found both of input_ids and inputs_embeds"));
+  EXPECT_THAT(message({ids, {}, {cache.layers[0]}}), HasSubstr("found a past of 1 layers, expected 2"));
+  EXPECT_THAT(message({ids, {}, cache.layers}, &cache), HasSubstr("found past_key_values beside a cache"));
+  EXPECT_THAT(message({at::zeros({1, 29}, at::kLong), {}, cache.layers}),
+              HasSubstr("found 33 tokens, expected at most"));
 }
 
 TEST(GPT2, IgnoresWhatStandsOnTheRight) {

@@ -6,6 +6,7 @@
 #include <lora/functional/attention.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -45,7 +46,7 @@ struct Oracle {
   Result value, bound;
 
   Oracle(const at::Tensor& given_q, const at::Tensor& given_k, const at::Tensor& given_v, const at::Tensor& given_dout,
-         bool causal, std::optional<double> given_scale = {}) {
+         bool causal, std::optional<double> given_scale = {}, int64_t past = 0) {
     const auto dtype = given_q.scalar_type();
     const auto q = wide(given_q), k = wide(given_k), v = wide(given_v), dout = wide(given_dout);
     const auto queries = static_cast<double>(q.size(-2)), keys = static_cast<double>(k.size(-2)),
@@ -55,7 +56,7 @@ struct Oracle {
 
     auto scores = scale * product(q, k);
     if (causal) {
-      const auto seen = at::ones({q.size(-2), k.size(-2)}, at::kBool).tril();
+      const auto seen = at::ones({q.size(-2), k.size(-2)}, at::kBool).tril(past);
       scores = scores.masked_fill(seen.logical_not(), -kInfinity);
     }
     const auto maximum = scores.amax(-1, /*keepdim=*/true);
@@ -120,6 +121,12 @@ void expect_equal(const Result& found, const Result& expected) {
 Function attention(bool causal, std::optional<double> scale = {}) {
   return [=](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
     return lora::attention(q, k, v, causal, scale);
+  };
+}
+
+Function behind(int64_t past, std::optional<double> scale = {}) {
+  return [=](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+    return lora::attention(q, k, v, /*is_causal=*/true, scale, past);
   };
 }
 
@@ -229,7 +236,24 @@ TEST(Attention, WritesHeadsSideBySide) {
   for (const auto& x : {found.out, found.dq, found.dk, found.dv}) EXPECT_TRUE(x.transpose(1, 2).is_contiguous());
 }
 
-// Through the call itself, to which the instruction set is given.
+/// Attention and its gradients by the call itself, to which the instruction set is given.
+Result call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& dout, bool causal,
+            int64_t past, lora::detail::InstructionSet set) {
+  lora::detail::AttentionCall call{
+      q,
+      k,
+      v,
+      at::empty_like(q),
+      at::empty({q.numel() / q.size(-1), 2}),
+      c10::make_intrusive<lora::detail::AttentionOptions>(std::vector<int64_t>{0, q.size(-2)},
+                                                          std::vector<int64_t>{0, k.size(-2)}, causal, 0.2, past),
+      set};
+  call.forward();
+  Result found{call.out, at::empty_like(q), at::empty_like(k), at::empty_like(v)};
+  call.backward(dout, found.dq, found.dk, found.dv);
+  return found;
+}
+
 TEST(Attention, IsWithinItsBoundInEveryInstructionSet) {
   for (const auto dtype : kDtypes) {
     for (const auto& shape : std::vector<Shape>{{1, 1, 5, 3, 3}, {1, 2, 37, 150, 20}, {1, 2, 150, 37, 64}}) {
@@ -238,36 +262,74 @@ TEST(Attention, IsWithinItsBoundInEveryInstructionSet) {
       for (const auto set : harness::instruction_sets()) {
         for (const bool causal : {false, true}) {
           SCOPED_TRACE(shape.name() + std::to_string(static_cast<int>(set)) + " " + c10::toString(dtype));
-          lora::detail::AttentionCall call{
-              q,
-              k,
-              v,
-              at::empty_like(q),
-              at::empty({shape.heads * shape.queries, 2}),
-              c10::make_intrusive<lora::detail::AttentionOptions>(std::vector<int64_t>{0, shape.queries},
-                                                                  std::vector<int64_t>{0, shape.keys}, causal, 0.2),
-              set};
-          call.forward();
-          const Result found{call.out, at::empty_like(q), at::empty_like(k), at::empty_like(v)};
-          call.backward(dout, found.dq, found.dk, found.dv);
-          expect_near(found, Oracle(q, k, v, dout, causal, 0.2));
+          expect_near(call(q, k, v, dout, causal, /*past=*/0, set), Oracle(q, k, v, dout, causal, 0.2));
         }
       }
     }
   }
 }
 
+// A block of keys or a tile of queries in which only the later queries see any, and pasts that fill blocks or do not.
+TEST(Attention, LetsCausalQueriesSeeAPast) {
+  for (const auto dtype : kDtypes) {
+    for (const auto& shape : std::vector<Shape>{{1, 1, 1, 9, 15},
+                                                {2, 3, 5, 7, 3},
+                                                {1, 2, 17, 33, 20},
+                                                {1, 2, 60, 200, 64},
+                                                {1, 1, 200, 190, 16},
+                                                {1, 1, 530, 540, 24}}) {
+      const auto q = shape.of_queries(1, dtype), k = shape.of_keys(2, dtype), v = shape.of_keys(3, dtype),
+                 dout = shape.of_queries(4, dtype);
+      for (const int64_t past : {int64_t{1}, int64_t{3}, int64_t{8}, int64_t{70}, shape.keys - 1, shape.keys + 5}) {
+        SCOPED_TRACE(shape.name() + c10::toString(dtype) + " behind " + std::to_string(past));
+        expect_near(run(behind(past, 0.2), q, k, v, dout), Oracle(q, k, v, dout, /*causal=*/true, 0.2, past));
+        for (const auto set : harness::instruction_sets()) {
+          expect_near(call(q, k, v, dout, /*causal=*/true, past, set), Oracle(q, k, v, dout, true, 0.2, past));
+        }
+      }
+    }
+  }
+}
+
+// Far larger than all others, as not even the maximum of a row may know of it.
+TEST(Attention, KeepsWhatIsBehindAQueryFromIt) {
+  const Shape shape{1, 1, 40, 560, 16};
+  const auto q = shape.of_queries(1, at::kFloat), k = shape.of_keys(2, at::kFloat), v = shape.of_keys(3, at::kFloat);
+  const int64_t past = 505;
+  const auto expected = lora::attention(q, k, v, true, {}, past);
+  for (int64_t key = past + 1; key < shape.keys; ++key) {
+    auto loud = k.clone();
+    loud.select(2, key).fill_(kInfinity);
+    const auto seeing = std::min(shape.queries, std::max<int64_t>(0, key - past));
+    const auto found = lora::attention(q, loud, v, true, {}, past);
+    EXPECT_TRUE(at::equal(found.narrow(2, 0, seeing), expected.narrow(2, 0, seeing))) << key;
+  }
+}
+
+TEST(Attention, OfNoPastIsTheCausalOne) {
+  const Shape shape{1, 2, 70, 90, 16};
+  const auto q = shape.of_queries(1, at::kFloat), k = shape.of_keys(2, at::kFloat), v = shape.of_keys(3, at::kFloat),
+             dout = shape.of_queries(4, at::kFloat);
+  expect_equal(run(behind(0), q, k, v, dout), run(attention(true), q, k, v, dout));
+  EXPECT_TRUE(at::equal(lora::attention(q, k, v, /*is_causal=*/false, {}, 7), lora::attention(q, k, v)));
+  const auto message = harness::message_of<c10::ValueError>([&] { lora::attention(q, k, v, true, {}, -1); });
+  EXPECT_NE(message.find("[lora::attention] found past = -1, expected 0 or more"), std::string::npos) << message;
+}
+
 // One head is divided among threads, many are not.
 TEST(Attention, IsTheSameOnAnyNumberOfThreads) {
   for (const auto& shape : std::vector<Shape>{{1, 1, 300, 500, 16}, {1, 2, 200, 170, 64}, {3, 4, 20, 20, 8}}) {
     for (const bool causal : {false, true}) {
-      std::vector<Result> results;
+      std::vector<Result> results, behind_a_past;
       for (const int threads : {1, 2, 3, 8}) {
         SCOPED_TRACE(shape.name() + std::to_string(threads));
         const harness::NumThreads guard(threads);
         results.push_back(run(attention(causal), shape.of_queries(1, at::kBFloat16), shape.of_keys(2, at::kBFloat16),
                               shape.of_keys(3, at::kBFloat16), shape.of_queries(4, at::kBFloat16)));
         expect_equal(results.back(), results.front());
+        behind_a_past.push_back(run(behind(21), shape.of_queries(1, at::kFloat), shape.of_keys(2, at::kFloat),
+                                    shape.of_keys(3, at::kFloat), shape.of_queries(4, at::kFloat)));
+        expect_equal(behind_a_past.back(), behind_a_past.front());
       }
     }
   }
@@ -379,6 +441,8 @@ TEST(Attention, LeavesTheRestToLibTorch) {
   };
   check_same(wide(q), wide(k), wide(v));
   check_same(q, k, harness::normal({1, 2, 9, 5}, 3, at::kFloat));
+  expect_near(run(behind(3, 0.3), wide(q), wide(k), wide(v), wide(q)),
+              Oracle(wide(q), wide(k), wide(v), wide(q), true, 0.3, /*past=*/3));
   EXPECT_THROW(lora::attention(q, k, wide(v)), c10::Error);
   EXPECT_THROW(lora::attention(q, shape.of_keys(1, at::kFloat).narrow(3, 0, 5), v), c10::Error);
   EXPECT_THROW(lora::attention(q[0][0][0], k[0][0][0], v[0][0][0]), c10::Error);

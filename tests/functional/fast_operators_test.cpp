@@ -81,7 +81,7 @@ TEST(FastOperators, RunOurKernels) {
 
 TEST(FastOperators, LeaveTheRestToLibTorch) {
   const auto x = leaf({2, 3, 20, 8}, 1), few = leaf({2, 1, 20, 8}, 2), wide = leaf({2, 3, 20, 8}, 3, at::kDouble);
-  const auto mask = at::ones({20, 20}, at::kBool).tril();
+  const auto mask = at::ones({20, 20}, at::kBool).tril().triu(-5);
   const auto run = [&] {
     at::manual_seed(1);
     auto own = x.detach().clone();
@@ -104,6 +104,56 @@ TEST(FastOperators, LeaveTheRestToLibTorch) {
     if (!expected[i].requires_grad()) continue;
     EXPECT_EQ(found[i].grad_fn()->name(), expected[i].grad_fn()->name());
   }
+}
+
+// By a mask, as LibTorch has no other way to say that keys of a past stand in front.
+TEST(FastOperators, RunAttentionBehindAPast) {
+  const auto q = leaf({2, 3, 20, 8}, 1), k = leaf({2, 3, 27, 8}, 2), v = leaf({2, 3, 27, 8}, 3);
+  const auto mask = at::ones({20, 27}, at::kBool).tril(7), shorter = at::ones({20, 27}, at::kBool).tril(4);
+  const auto all = at::ones({20, 27}, at::kBool), wide = at::ones({20, 40}, at::kBool).tril(7).narrow(1, 0, 27);
+  const auto expected = lora::attention(q, k, v, /*is_causal=*/true, 0.2, /*past=*/7),
+             near = lora::attention(q, k, v, /*is_causal=*/true, 0.2, /*past=*/4),
+             whole = lora::attention(q, k, v, /*is_causal=*/false, 0.2);
+  const lora::FastOperators fast;
+  const harness::OperatorRecorder recorder;
+  const auto run = [&](const at::Tensor& of) { return at::scaled_dot_product_attention(q, k, v, of, 0, false, 0.2); };
+  for (const auto& form : {mask, wide, mask.unsqueeze(0), mask.expand({2, 1, 20, 27}), mask.expand({2, 3, 20, 27})}) {
+    const auto found = run(form);
+    EXPECT_TRUE(at::equal(found, expected));
+    EXPECT_EQ(found.grad_fn()->name(), expected.grad_fn()->name());
+  }
+  EXPECT_TRUE(at::equal(run(shorter), near));
+  EXPECT_TRUE(at::equal(run(all), whole));
+  EXPECT_FALSE(ran(recorder, kFlash));
+}
+
+TEST(FastOperators, LeaveOtherMasksToLibTorch) {
+  const auto q = leaf({2, 3, 20, 8}, 1), k = leaf({2, 3, 27, 8}, 2), v = leaf({2, 3, 27, 8}, 3);
+  const auto mask = at::ones({20, 27}, at::kBool).tril(7);
+  auto holed = mask.clone(), opened = mask.clone(), of_heads = mask.expand({2, 3, 20, 27}).clone();
+  holed[19][13].fill_(false);
+  opened[0][26].fill_(true);
+  of_heads[1][2][5][0].fill_(false);
+  const std::vector<at::Tensor> masks{holed,
+                                      opened,
+                                      of_heads,
+                                      mask.clone().fill_(false).fill_diagonal_(true),
+                                      at::zeros({20, 27}).masked_fill(mask.logical_not(), -1e4),
+                                      mask.narrow(0, 19, 1),
+                                      mask.narrow(0, 0, 1),
+                                      mask.t().contiguous().t()};
+  const auto run = [&](const at::Tensor& of) { return at::scaled_dot_product_attention(q, k, v, of); };
+  for (size_t i = 0; i < masks.size(); ++i) {
+    const auto expected = run(masks[i]);
+    const lora::FastOperators fast;
+    const auto found = run(masks[i]);
+    EXPECT_TRUE(at::equal(found, expected)) << i;
+    EXPECT_EQ(found.grad_fn()->name(), expected.grad_fn()->name()) << i;
+  }
+  const auto both = [&] { return at::scaled_dot_product_attention(q, k, v, mask, 0, /*is_causal=*/true); };
+  const auto expected = both();
+  const lora::FastOperators fast;
+  EXPECT_EQ(both().grad_fn()->name(), expected.grad_fn()->name());
 }
 
 /// Each is off from float64 by the same kind of roundings, of other sums: by at most three times as much.

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <lora/lora.h>
+#include <torch/csrc/jit/serialization/import.h>
 
 #include <algorithm>
 #include <functional>
@@ -130,6 +131,24 @@ TEST_P(MethodsGolden, MergesToPeftsWeights) {
     }
   }
   EXPECT_GT(compared, 0U);
+}
+
+TEST_P(MethodsGolden, WorksInTorchScript) {
+  if (GetParam().model != "mlp") return;  // the models that are kept as TorchScript too
+  for (const std::string file : {"mlp_scripted.pt", "mlp_traced.pt"}) {
+    auto script = torch::jit::load(kGolden + "script/" + file);
+    auto adapters = lora::load(script, directory_);
+    adapters.set_trainable({"default"});
+    for (int run = 0; run < 3; ++run) {
+      auto input = x_.clone().requires_grad_(true);
+      const auto y = script.forward({input}).toTensor();
+      EXPECT_LT(relative_error(y, expected_.at("y")), kTolerance) << file;
+      (y * g_).sum().backward();
+      EXPECT_LT(relative_error(input.grad(), expected_.at("dx")), kTolerance) << file;
+    }
+    adapters.merge();
+    EXPECT_LT(relative_error(script.forward({x_}).toTensor(), expected_.at("y")), kTolerance) << file << " merged";
+  }
 }
 
 TEST_P(MethodsGolden, IsSavedToTheSameTensors) {

@@ -77,8 +77,8 @@ void randomize(lora::Adapters& adapters) {
 }
 
 /// A model with one adapter "default": the output of the base and of the adapted model.
-template <class Model>
-void write_one(CaseFolder folder, Model model, const LoraConfig& config, const torch::Tensor& x) {
+template <class Model, class Config>
+void write_one(CaseFolder folder, Model model, const Config& config, const torch::Tensor& x) {
   model->eval();
   torch::NoGradGuard no_grad;
   folder.output({}, x, model->forward(x));
@@ -161,14 +161,30 @@ void write_attention(const std::string& out) {
   }
 }
 
-void write_gpt2(const std::string& out) {
+GPT2LMHeadModel small_gpt2() {
   GPT2Config config;
   config.vocab_size = 50;
   config.n_positions = 20;
   config.n_embd = 24;
   config.n_layer = 2;
   config.n_head = 3;
-  const auto ids = torch::randint(config.vocab_size, {2, 9}, at::kLong);
+  GPT2LMHeadModel model(config);
+  torch::NoGradGuard no_grad;
+  for (auto& parameter : model->parameters()) parameter.add_(torch::randn_like(parameter), 0.15);
+  return model;
+}
+
+template <class Config>
+void write_gpt2_case(const std::string& out, const std::string& name, const Config& config, const torch::Tensor& ids) {
+  const auto model = small_gpt2();
+  CaseFolder folder(out, "gpt2_" + name, "gpt2");
+  folder.manifest()["base"] = "model";
+  save_gpt2(model, folder.path() + "/model", /*end_of_text=*/0);
+  write_one(std::move(folder), model, config, ids);
+}
+
+void write_gpt2(const std::string& out) {
+  const auto ids = torch::randint(50, {2, 9}, at::kLong);
   const auto lora = [](const std::vector<std::string>& targets) {
     return LoraConfig().r(4).lora_alpha(12).target_modules(targets);
   };
@@ -184,17 +200,7 @@ void write_gpt2(const std::string& out) {
                     .alpha_pattern({{"h.1.attn.c_attn", 3}})},
       {"embedding", lora({"wte", "c_attn"})},
       {"tokens_of_a_tied_head", lora({"c_attn"}).trainable_token_indices({7, 0, 33})}};
-  for (const auto& [name, choice] : choices) {
-    GPT2LMHeadModel model(config);
-    {
-      torch::NoGradGuard no_grad;
-      for (auto& parameter : model->parameters()) parameter.add_(torch::randn_like(parameter), 0.15);
-    }
-    CaseFolder folder(out, "gpt2_" + name, "gpt2");
-    folder.manifest()["base"] = "model";
-    save_gpt2(model, folder.path() + "/model", /*end_of_text=*/0);
-    write_one(std::move(folder), model, choice, ids);
-  }
+  for (const auto& [name, choice] : choices) write_gpt2_case(out, name, choice, ids);
 }
 
 /// Every option that reaches further than the factors of a Linear.
@@ -234,6 +240,59 @@ void write_options(const std::string& out) {
   write_one(std::move(folder), convs, lora({"first", "second"}), torch::randn({2, 2, 3, 6, 6}));
 }
 
+template <class Config>
+void write_mlp(const std::string& out, const std::string& name, Config config) {
+  Mlp model;
+  CaseFolder folder(out, "mlp_" + name, "mlp");
+  folder.base(*model);
+  write_one(std::move(folder), model, config.target_modules({"up", "down"}), torch::randn({5, 12}));
+}
+
+/// The methods beside LoRA that PEFT has, and LoRA's other starts.
+void write_methods(const std::string& out) {
+  using lora::LoraInit;
+  const auto dora = LoraConfig().r(3).lora_alpha(7).use_dora(true);
+  write_mlp(out, "dora", dora);
+  write_mlp(out, "vera", lora::VeraConfig().r(5));
+  write_mlp(out, "vera_without_projection", lora::VeraConfig().r(5).projection_prng_key(9).save_projection(false));
+  write_mlp(out, "ia3", lora::IA3Config().feedforward_modules({"down"}));
+  write_mlp(out, "ia3_without_feedforward", lora::IA3Config());
+  write_mlp(out, "miss", lora::MissConfig().r(3));
+  write_mlp(out, "miss_bat", lora::MissConfig().r(4).init_weights(lora::MissForm::kBat));
+  write_mlp(out, "miss_mini", lora::MissConfig().r(3).mini_r(4).init_weights(lora::MissForm::kMini));
+  for (const auto& [name, init] :
+       {std::pair{"pissa", LoraInit::kPissa}, {"olora", LoraInit::kOlora}, {"orthogonal", LoraInit::kOrthogonal}}) {
+    write_mlp(out, name, LoraConfig().r(4).lora_alpha(7).init_lora_weights(init));
+    write_mlp(out, std::string(name) + "_rslora",
+              LoraConfig().r(4).lora_alpha(7).use_rslora(true).init_lora_weights(init));
+  }
+
+  const auto ids = torch::randint(50, {2, 9}, at::kLong);
+  auto of_gpt2 = dora;
+  write_gpt2_case(out, "dora", of_gpt2.target_modules({"c_attn", "attn.c_proj"}), ids);
+  write_gpt2_case(out, "dora_q_v", of_gpt2.target_modules({"c_attn[q,v]"}), ids);
+  write_gpt2_case(out, "vera", lora::VeraConfig().r(5).target_modules({"c_attn", "c_fc"}), ids);
+  write_gpt2_case(out, "ia3",
+                  lora::IA3Config().target_modules({"c_attn", "mlp.c_proj"}).feedforward_modules({"mlp.c_proj"}), ids);
+  write_gpt2_case(out, "ia3_q_v_of_one_layer",
+                  lora::IA3Config().target_modules({"c_attn[q,v]"}).layers_to_transform({1}), ids);
+  write_gpt2_case(out, "pissa_q_v",
+                  LoraConfig().r(3).lora_alpha(7).init_lora_weights(LoraInit::kPissa).target_modules({"c_attn[q,v]"}),
+                  ids);
+
+  Reader model;
+  CaseFolder folder(out, "reader_dora", "reader");
+  folder.base(*model);
+  of_gpt2.target_modules({"wte", "mix", "conv"});
+  write_one(std::move(folder), model, of_gpt2, torch::randint(11, {4, 7}, at::kLong));
+  Convs convs;
+  CaseFolder of_convs(out, "convs_ia3", "convs");
+  of_convs.base(*convs);
+  write_one(std::move(of_convs), convs,
+            lora::IA3Config().target_modules({"first", "second"}).feedforward_modules({"second"}),
+            torch::randn({2, 2, 3, 6, 6}));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -246,5 +305,6 @@ int main(int argc, char** argv) {
     write_attention(out);
     write_gpt2(out);
     write_options(out);
+    write_methods(out);
   });
 }

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 
 LORA_NAMESPACE_BEGIN
 

@@ -6,6 +6,7 @@
 #include <torch/arg.h>
 
 #include <cstdint>
+#include <string>
 
 LORA_NAMESPACE_BEGIN
 

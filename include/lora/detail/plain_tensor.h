@@ -9,16 +9,21 @@
 LORA_NAMESPACE_BEGIN
 namespace detail {
 
-/// Whether a CPU kernel of ours may take a tensor's memory for all that it is: strided, of float32, bfloat16 or half,
-/// not wrapped, batched, conjugated or traced, and without a forward-mode gradient.
-inline bool is_plain_cpu_tensor(const at::Tensor& tensor) {
+/// Whether a CPU tensor's memory is all that it is: strided, not wrapped, batched, conjugated or traced, and without a
+/// forward-mode gradient.
+inline bool is_plain_cpu_memory(const at::Tensor& tensor) {
   using Key = c10::DispatchKey;
   constexpr c10::DispatchKeySet plain{Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU};
-  if (!tensor.defined() || !plain.isSupersetOf(tensor.key_set())) return false;
-  const auto dtype = tensor.scalar_type();
-  return (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) && tensor.device().is_cpu() &&
+  return tensor.defined() && plain.isSupersetOf(tensor.key_set()) && tensor.device().is_cpu() &&
          tensor.layout() == at::kStrided && !tensor._fw_grad(/*level=*/0).defined() &&
          !c10::impl::tls_is_dispatch_key_included(Key::Tracer);
+}
+
+/// Whether a CPU kernel of ours may take a tensor's memory for all that it is, of float32, bfloat16 or half.
+inline bool is_plain_cpu_tensor(const at::Tensor& tensor) {
+  if (!is_plain_cpu_memory(tensor)) return false;
+  const auto dtype = tensor.scalar_type();
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
 /// Whether no other handle holds the tensor and no other tensor its memory, so that nobody sees what is written there.

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
@@ -124,27 +125,37 @@ inline double scale_of_scores(const at::Tensor& q, std::optional<double> scale) 
   return scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1))));
 }
 
+/// Attention by our kernel with the arguments of lora::attention; undefined where it does not take them.
+inline at::Tensor try_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool is_causal,
+                                std::optional<double> scale, int64_t past) {
+  const auto query = autocast_argument(q), key = autocast_argument(k), value = autocast_argument(v);
+  if (!attention_applies(query, key, value)) return {};
+  return attend(query, key, value,
+                c10::make_intrusive<AttentionOptions>(std::vector<int64_t>{0, query.size(-2)},
+                                                      std::vector<int64_t>{0, key.size(-2)}, is_causal,
+                                                      scale_of_scores(query, scale), std::min(past, key.size(-2))));
+}
+
 }  // namespace detail
 
 /// at::scaled_dot_product_attention without mask and dropout, softmax(scale·q·kᵀ)·v (Vaswani et al. 2017, arXiv
 /// 1706.03762, section 3.2.1), faster on the CPU: forward and backward together two to four times with AVX-512.
 ///
 /// q: [*, L, E], k and v: [*, S, E], in any strides; returns [*, L, E] of their dtype, in memory as [B, L, H, E] where
-/// it is [B, H, L, E]. With is_causal query i sees the keys 0 to i. scale: of the scores, by default 1/√E. float32,
-/// bfloat16 and half are computed in float32 and rounded once, in memory that grows with L and S and not with their
-/// product (Dao et al. 2022, arXiv 2205.14135); autocast has its way. Everything else is LibTorch's. A second
-/// derivative throws a c10::NotImplementedError.
+/// it is [B, H, L, E]. With is_causal query i sees the keys 0 to past + i: `past` keys stand in front of the queries'
+/// own, as those of a prefix or of tokens read before. scale: of the scores, by default 1/√E. float32, bfloat16 and
+/// half are computed in float32 and rounded once, in memory that grows with L and S and not with their product (Dao et
+/// al. 2022, arXiv 2205.14135); autocast has its way. Everything else is LibTorch's. Throws a c10::ValueError for a
+/// past below 0. A second derivative throws a c10::NotImplementedError.
 inline at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool is_causal = false,
-                            std::optional<double> scale = std::nullopt) {
-  const auto query = detail::autocast_argument(q), key = detail::autocast_argument(k),
-             value = detail::autocast_argument(v);
-  if (!detail::attention_applies(query, key, value)) {
-    return at::scaled_dot_product_attention(q, k, v, /*attn_mask=*/{}, /*dropout_p=*/0, is_causal, scale);
-  }
-  return detail::attend(query, key, value,
-                        c10::make_intrusive<detail::AttentionOptions>(std::vector<int64_t>{0, query.size(-2)},
-                                                                      std::vector<int64_t>{0, key.size(-2)}, is_causal,
-                                                                      detail::scale_of_scores(query, scale)));
+                            std::optional<double> scale = std::nullopt, int64_t past = 0) {
+  TORCH_CHECK_VALUE(past >= 0, "[lora::attention] found past = ", past,
+                    ", expected 0 or more; give the number of keys in front of the first query's own");
+  auto out = detail::try_attention(q, k, v, is_causal, scale, past);
+  if (out.defined()) return out;
+  if (past == 0 || !is_causal) return at::scaled_dot_product_attention(q, k, v, {}, /*dropout_p=*/0, is_causal, scale);
+  const auto mask = at::ones({q.size(-2), k.size(-2)}, q.options().dtype(at::kBool)).tril(past);
+  return at::scaled_dot_product_attention(q, k, v, mask, /*dropout_p=*/0, /*is_causal=*/false, scale);
 }
 
 /// attention of sequences of different lengths without padding, each by itself.

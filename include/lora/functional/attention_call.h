@@ -52,15 +52,20 @@ RowMatrix<T> rows_of(const at::Tensor& x, int64_t head, int64_t first) {
 }
 
 /// The rows of each head are sequences, one behind the other: sequence i has the queries [queries[i], queries[i + 1])
-/// and the keys [keys[i], keys[i + 1]).
+/// and the keys [keys[i], keys[i + 1]), the first `past` of them in front of those of the queries themselves.
 struct AttentionOptions : torch::CustomClassHolder {
   AttentionOptions(std::vector<int64_t> query_offsets, std::vector<int64_t> key_offsets, bool is_causal,
-                   double of_scores)
-      : queries(std::move(query_offsets)), keys(std::move(key_offsets)), causal(is_causal), scale(of_scores) {}
+                   double of_scores, int64_t past_keys = 0)
+      : queries(std::move(query_offsets)),
+        keys(std::move(key_offsets)),
+        causal(is_causal),
+        scale(of_scores),
+        past(past_keys) {}
 
   std::vector<int64_t> queries, keys;
   bool causal;
   double scale;
+  int64_t past;
 };
 
 /// Attention of the heads of q and out [*, queries, E], k and v [*, keys, E], plain tensors of one dtype with whole
@@ -132,7 +137,8 @@ struct AttentionCall {
             keys[sequence + 1] - key,
             q.size(-1),
             static_cast<float>(options->scale),
-            options->causal};
+            options->causal,
+            options->past};
   }
 
   /// Into how many parts to divide heads, so that each thread gets `share` tasks; one thread takes heads whole.

@@ -21,8 +21,8 @@ struct SoftmaxRow {
   float weight;
 };
 
-/// Attention of one head: query i of `queries` sees the keys [0, keys), only those up to i where it is causal. Each
-/// matrix has a row for each query or key and `size` elements in a row, adjacent to each other.
+/// Attention of one head: query i of `queries` sees the keys [0, keys), only those up to past + i where it is causal.
+/// Each matrix has a row for each query or key and `size` elements in a row, adjacent to each other.
 template <class T>
 struct AttentionHead {
   RowMatrix<const T> q, k, v;
@@ -31,9 +31,12 @@ struct AttentionHead {
   int64_t queries, keys, size;
   float scale;  // of the scores q·kᵀ
   bool causal;
+  int64_t past;
 
   /// How many keys the queries below `end` see.
-  LORA_ALWAYS_INLINE int64_t keys_below(int64_t end) const { return causal ? std::min(keys, end) : keys; }
+  LORA_ALWAYS_INLINE int64_t keys_below(int64_t end) const { return causal ? std::min(keys, past + end) : keys; }
+  /// The first query that sees a key.
+  LORA_ALWAYS_INLINE int64_t first_query_of(int64_t key) const { return causal ? std::max<int64_t>(0, key - past) : 0; }
 };
 
 /// A head's gradients: dout is given, the others are written.
@@ -146,6 +149,10 @@ struct AttentionForwardKernel {
         Tiles::scores({q.data, q.row}, panels + begin * size, size, count, head.scale, scores);
         for (int64_t i = 0; i < rows; ++i) {
           const auto seen = std::min(count, head.keys_below(row + i + 1) - begin);
+          if (seen <= 0) {  // none of this block, as only later queries of the tile do
+            std::memset(scores.at(i), 0, static_cast<size_t>(count) * sizeof(float));
+            continue;
+          }
           auto& state = softmax[i];
           const auto before = state;
           state.maximum = Tiles::maximum(scores.at(i), seen);
@@ -221,8 +228,7 @@ struct AttentionBackwardKernel {
       pack_transposed<width>(head.v.from(key), keys, size, v_panels);
       std::memset(dk.data, 0, static_cast<size_t>(2 * kBackwardKeys * columns) * sizeof(float));
 
-      auto query = range.first_query;
-      if (head.causal) query = std::max(query, key / kBackwardQueries * kBackwardQueries);
+      auto query = std::max(range.first_query, head.first_query_of(key) / kBackwardQueries * kBackwardQueries);
       for (; query < range.last_query; query += kBackwardQueries) {
         const auto rows = std::min(kBackwardQueries, range.last_query - query);
         pack_rows<width>(head.q.from(query), rows, size, round_up(rows, kRows), q);
@@ -231,6 +237,7 @@ struct AttentionBackwardKernel {
         for (int64_t row = 0; row < rows; row += kRows) {
           const auto last = std::min(row + kRows, rows);
           const auto count = std::min(keys, head.keys_below(query + last) - key);
+          if (count <= 0) continue;  // a tile in front of the first query that sees any of these keys
           const auto p_tile = p.from(row), ds_tile = ds.from(row);
           Tiles::scores({q.at(row), q.row}, k_panels, size, count, head.scale, p_tile);
           Tiles::scores({dout.at(row), dout.row}, v_panels, size, count, 1, ds_tile);
@@ -246,7 +253,7 @@ struct AttentionBackwardKernel {
         if (gradients.dk.data == nullptr) continue;
         for (int64_t i = 0; i < keys; i += kRows) {
           // The first query that sees any of these keys stands in the tile of rows that begins with it.
-          const auto row = head.causal ? std::max<int64_t>(0, key + i - query) : 0;
+          const auto row = std::max<int64_t>(0, head.first_query_of(key + i) - query);
           if (row >= rows) break;
           multiply_rows<width, true>({p.at(row) + i, 1, p.row}, {dout.at(row), columns}, rows - row, 1, dv.from(i),
                                      columns / width);

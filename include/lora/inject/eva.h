@@ -108,6 +108,7 @@ class EvaStart {
     const auto take_out = [&] {
       adapters.install(active, merged, adapters.merged_weights());
       adapters.detach(kRecorder);
+      adapters.install(active, merged, adapters.merged_weights());  // what has no adapter any more becomes plain
       if (adapters.adapters().empty()) adapters.restore_flags();
     };
     try {

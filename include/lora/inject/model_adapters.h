@@ -205,6 +205,18 @@ class ModelAdapters : public std::enable_shared_from_this<ModelAdapters> {
                     adapters_.end());
   }
 
+  /// Puts a prepared adapter into the place of the one with its name, which is not active.
+  void exchange(PreparedAdapter prepared) {
+    const auto place = std::find_if(adapters_.begin(), adapters_.end(),
+                                    [&](const auto& known) { return known.name == prepared.name; }) -
+                       adapters_.begin();
+    const auto self = shared_from_this();  // the nodes that go away may be its last owners
+    detach(prepared.name);
+    adapters_.reserve(adapters_.size() + 1);
+    attach(std::move(prepared));
+    std::rotate(adapters_.begin() + place, adapters_.end() - 1, adapters_.end());
+  }
+
   void set_trainable(const Names& names) {
     for (const auto& name : names) adapter(name);
     for (auto& adapter : adapters_) adapter.trainable = contains(names, adapter.name);

@@ -106,6 +106,10 @@ class PeftWriter {
       needs_own_config_ = needs_own_config_ || !updates->parts.front().name.empty();
       updated_.push_back({&site, updates});
     }
+    for (const auto* key : method_->keys_unknown_to_peft()) {
+      const bool is_bias = key == std::string("bias") && method_->targeting().bias != BiasCopies::kNone;
+      needs_own_config_ = needs_own_config_ || is_bias;
+    }
     if (const auto* lora = dynamic_cast<const LoRA*>(method_.get())) {
       ranks_ = StoredRanks(*lora);
       for (const auto& [site, updates] : updated_) ranks_->add(*site, *updates);

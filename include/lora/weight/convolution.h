@@ -13,6 +13,7 @@
 #include <lora/weight/kernels.h>
 #include <lora/weight/product.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>

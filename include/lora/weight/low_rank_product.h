@@ -4,8 +4,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_unsafe_view.h>
-#include <ATen/ops/addcmul.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
@@ -15,6 +13,7 @@
 #include <lora/weight/dropout.h>
 #include <lora/weight/frozen_product.h>
 #include <lora/weight/product_plan.h>
+#include <lora/weight/scaled_rows.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
@@ -77,14 +76,6 @@ struct ProductCall {
 
   bool is_scaled() const { return in_scale.defined() || out_scale.defined(); }
 };
-
-/// beta·addend + alpha·y ⊙ scale, in y's dtype with one rounding.
-inline at::Tensor scaled_sum(const at::Tensor& y, const at::Tensor& scale, double alpha,
-                             const std::optional<at::Tensor>& addend, double beta) {
-  const auto factor = !scale.defined() ? at::scalar_tensor(alpha, y.options()) : alpha == 1 ? scale : scale * alpha;
-  if (!addend) return (y * factor).to(y.scalar_type());
-  return at::addcmul(beta == 1 ? *addend : *addend * beta, y, factor).to(y.scalar_type());
-}
 
 /// The product as one step for autograd (Hu et al. 2021, arXiv 2106.09685, equation 3).
 ///
@@ -177,17 +168,22 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     const bool wants_out = saved.has_out_scale && ctx->needs_input_grad(out_index);
 
     Variables results(end);
+    auto d_base = dy;
+    if (wants_out) {
+      if (again) refuse_second_derivative();
+      auto [scaled, sums] = scale_gradients(dy, rows_of(base), out_scale);
+      d_base = scaled;
+      results[out_index] = saved.alpha == 1 ? sums : sums * saved.alpha;
+    } else if (out_scale.defined()) {
+      d_base = scaled_sum(dy, out_scale, 1, {}, 0);
+    }
     at::Tensor dx;
     if (ctx->needs_input_grad(0) || wants_in) {
-      dx = base_gradient(saved, out_scale.defined() ? scaled_sum(dy, out_scale, 1, {}, 0) : dy, matrix, again);
+      dx = base_gradient(saved, d_base, matrix, again);
       if (wants_in) results[in_index] = (dx * x).sum(0).to(in_scale.scalar_type());
       if (in_scale.defined()) dx = scaled_sum(dx, in_scale, 1, {}, 0);
     }
     if (!ctx->needs_input_grad(0)) dx = at::Tensor();
-    if (wants_out) {
-      if (again) refuse_second_derivative();
-      results[out_index] = (dy * rows_of(base)).sum(0, /*keepdim=*/false, out_scale.scalar_type()) * saved.alpha;
-    }
     for (size_t k = 0; k < saved.terms.size(); ++k) {
       auto stored = saved.terms[k];
       stored.A = variables[1 + 2 * k];
