@@ -1,27 +1,27 @@
 // Fine-tunes a GPT-2, a plain LibTorch model that knows nothing of adapters, and shows what that costs and brings.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <lora/lora.h>  // defines: inject, LoraConfig, Adapters, param_groups, Schedule
-#include <torch/optim/adamw.h>
+#include <lora/lora.h>  // defines: Adapters, Schedule
 
 #include <cstdint>
 #include <exception>
 #include <filesystem>
 #include <iostream>
 #include <memory>
-#include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "finetune/base_model.h"    // defines: open_base, the small GPT-2 and its pre-training
 #include "finetune/checkpoint.h"    // defines: Checkpoint
 #include "finetune/command_line.h"  // defines: parse_options
 #include "finetune/compare.h"       // defines: compare, each method over the grid of learning rates
+#include "finetune/comparison.h"    // defines: comparison_of
 #include "finetune/data.h"          // defines: new_domain_pairs, old_domain_pairs, encode_or_report
 #include "finetune/error_line.h"    // defines: error_line, an exception in one line
 #include "finetune/figures.h"       // defines: Figures, to_json
-#include "finetune/options.h"       // defines: Options, Method
+#include "finetune/method.h"        // defines: Trainable, the methods
+#include "finetune/options.h"       // defines: Options
 #include "finetune/paths.h"         // defines: check_outputs
 #include "finetune/report.h"        // defines: Texts, write_texts, print_report
 #include "training/line_plot.h"     // defines: write_line_plot
@@ -31,40 +31,6 @@
 
 namespace {
 
-/// Adapters in the model for lora and lora+, none for full fine-tuning; either way what the optimizer trains.
-struct Trainable {
-  std::optional<lora::Adapters> adapters;
-  std::unique_ptr<torch::optim::AdamW> optimizer;
-
-  std::int64_t count() const {
-    std::int64_t numbers = 0;
-    for (const auto& group : optimizer->param_groups()) {
-      for (const auto& parameter : group.params()) numbers += parameter.numel();
-    }
-    return numbers;
-  }
-};
-
-Trainable make_trainable(GPT2LMHeadModel& model, const Options& options) {
-  const auto adamw = torch::optim::AdamWOptions(options.learning_rate());
-  if (options.method == Method::kFull) {
-    // lm_head's weight is wte's: the parameters of the transformer are all.
-    return {std::nullopt, std::make_unique<torch::optim::AdamW>(model->transformer->parameters(), adamw)};
-  }
-  // As in PEFT a word of its own, not a name in a list.
-  const bool all_linear = options.targets == std::vector<std::string>{"all-linear"};
-  const auto targets = all_linear ? lora::TargetModules("all-linear") : lora::TargetModules(options.targets);
-  auto adapters = lora::inject(*model, lora::LoraConfig()
-                                           .r(options.rank)
-                                           .lora_alpha(options.alpha)
-                                           .lora_dropout(options.dropout)
-                                           .target_modules(targets));
-  std::cout << adapters.report() << '\n';
-  const auto ratio = options.method == Method::kLoraPlus ? options.lora_plus_ratio : 1.0;
-  auto groups = lora::param_groups(adapters, adamw, lora::LoraPlusOptions().lr_ratio(ratio));
-  return {adapters, std::make_unique<torch::optim::AdamW>(std::move(groups))};
-}
-
 torch::Tensor logits_of(GPT2LMHeadModel& model, const Batch& batch) {
   torch::NoGradGuard no_grad;
   return model->forward(batch.input_ids).to(torch::kFloat32);
@@ -72,18 +38,17 @@ torch::Tensor logits_of(GPT2LMHeadModel& model, const Batch& batch) {
 
 /// The file in --output that holds the weights that were trained.
 std::filesystem::path weights_file(const Options& options) {
-  const auto* const name = options.method == Method::kFull ? "model.safetensors" : "adapter_model.safetensors";
+  const auto* const name = options.method->whole_model ? "model.safetensors" : "adapter_model.safetensors";
   return std::filesystem::path(options.output) / name;
 }
 
-/// Saves what was trained into --output and returns the bytes of its weights.
-std::int64_t save(Trainable& trainable, const Base& base, const Options& options) {
-  if (trainable.adapters) {
-    trainable.adapters->save(options.output);
-  } else {
-    save_base(base, options.output);
+/// The model's positions that virtual tokens leave to the text.
+std::int64_t positions_left(const GPT2Config& config, const Options& options) {
+  if (options.virtual_tokens >= config.n_positions) {
+    throw std::runtime_error("[finetune_gpt2] found --virtual-tokens " + std::to_string(options.virtual_tokens) +
+                             ", expected fewer than the model's " + std::to_string(config.n_positions) + " positions");
   }
-  return static_cast<std::int64_t>(std::filesystem::file_size(weights_file(options)));
+  return config.n_positions - options.virtual_tokens;
 }
 
 /// The checkpoint of this run, or null where no flag asks for one.
@@ -91,12 +56,8 @@ std::unique_ptr<Checkpoint> make_checkpoint(const Options& options, const Base& 
                                             Trainable& trainable, lora::Schedule& schedule) {
   if (!options.resume && options.checkpoint_every == 0) return nullptr;
   auto checkpoint = std::make_unique<Checkpoint>(options, base, pairs);
-  if (trainable.adapters) {
-    checkpoint->run.adapters(*trainable.adapters);
-  } else {
-    checkpoint->run.tensors(base.model->transformer->named_parameters().pairs());
-  }
-  checkpoint->run.optimizer(*trainable.optimizer).schedule(schedule);
+  if (trainable.adapters) checkpoint->run.adapters(*trainable.adapters);
+  checkpoint->run.tensors(trainable.tensors).optimizer(*trainable.optimizer).schedule(schedule);
   return checkpoint;
 }
 
@@ -117,7 +78,7 @@ bool resume(Checkpoint& checkpoint, const Options& options, BatchStream& stream,
 void finetune(Options& options) {
   auto base = open_base(options);
   auto& model = base.model;
-  const auto positions = model->config.n_positions;
+  const auto positions = positions_left(model->config, options);
   const auto device = model->lm_head->weight.device();
   const auto new_pairs = new_domain_pairs(options);
   auto train_samples = encode_or_report(base.tokenizer, new_pairs.train, positions, "training pairs");
@@ -136,7 +97,7 @@ void finetune(Options& options) {
   texts.write("before", model);
 
   at::manual_seed(options.seed);
-  auto trainable = make_trainable(model, options);
+  auto trainable = options.method->make({base, options, stream.samples()});
   figures.trainable_parameters = trainable.count();
   lora::Schedule schedule(*trainable.optimizer, options.schedule_options());
   const auto checkpoint = make_checkpoint(options, base, new_pairs, trainable, schedule);
@@ -144,7 +105,9 @@ void finetune(Options& options) {
   if (options.resume && !resume(*checkpoint, options, stream, training)) return;
   TrainOptions train_options;
   train_options.steps = options.steps;
-  Progress progress(method_name(options.method), options.steps);
+  train_options.evaluations = options.evaluations;
+  train_options.read = trainable.read;
+  Progress progress(options.method->name, options.steps);
   reset_peak_memory();
   training = train(model, *trainable.optimizer, schedule, stream, dev, train_options, progress, std::move(training),
                    [&](const TrainReport& report) {
@@ -156,10 +119,11 @@ void finetune(Options& options) {
   figures.seconds = training.seconds;
   figures.tokens_per_second = static_cast<double>(training.tokens) / training.seconds;
   figures.dev_loss_after = training.dev.back().loss;
-  figures.old_domain_loss_after = evaluate(model, old_dev);
-  texts.write("after", model);
+  figures.old_domain_loss_after = evaluate(model, old_dev, trainable.read);
+  texts.write("after", model, trainable.read);
 
-  figures.adapter_bytes = save(trainable, base, options);
+  trainable.save(options.output);
+  figures.adapter_bytes = static_cast<std::int64_t>(std::filesystem::file_size(weights_file(options)));
   if (trainable.adapters) {
     const auto unmerged = logits_of(model, dev.front());
     trainable.adapters->merge();
@@ -168,7 +132,7 @@ void finetune(Options& options) {
     trainable.adapters->unmerge();
   }
   const auto curve = (std::filesystem::path(options.output) / "loss_curve.svg").string();
-  write_line_plot(curve, "Loss on the new domain, " + method_name(options.method), "step", "loss (nats per token)",
+  write_line_plot(curve, "Loss on the new domain, " + options.method->name, "step", "loss (nats per token)",
                   {{"training batches", training.train, true, false}, {"dev set", training.dev, false, true}});
   texts.print();
   print_report(figures, options, curve);
@@ -184,8 +148,8 @@ int main(int argc, char** argv) try {
   if (const auto exit_code = parse_options(argc, argv, options)) return *exit_code;
   check_outputs(options);
   at::set_num_threads(options.threads);
-  if (options.compare) {
-    compare(options);
+  if (const auto comparison = comparison_of(options)) {
+    compare(options, *comparison, options.compare ? print_comparison : print_methods);
   } else {
     finetune(options);
   }

@@ -66,6 +66,16 @@ def grid(runs):
     return rows
 
 
+def methods(runs):
+    """Each method's run of lowest dev loss."""
+    rows = ["| method | lr | trained parameters | saved | a step | peak memory | dev loss |", "|---|---|---|---|---|---|---|"]
+    for method, rates in groups(runs).items():
+        run = min((run for group in rates.values() for run in group), key=lambda run: run["dev_loss_after"])
+        rows.append(f"| {method} | {run['learning_rate']:g} | {run['trainable_parameters']:,} | {size(run['adapter_bytes'])} | "
+                    f"{1e3 * run['seconds'] / run['steps']:.0f} ms | {size(run['peak_memory_bytes'])} | {run['dev_loss_after']:.4f} |")
+    return rows
+
+
 def e2e(titled):
     """One column a run."""
     names = {"trainable_parameters": "trained parameters", "total_parameters": "parameters of the base", "dev_loss_before": "dev loss before",
@@ -87,6 +97,7 @@ def main():
     read = lambda name: json.loads((DOCS / "figures" / name).read_text(encoding="utf-8"))
     compare = read("finetune_compare.json")["runs"]
     tables = {"comparison": comparison(compare), "grid": grid(compare),
+              "methods": methods(read("finetune_methods.json")["runs"]),
               "e2e": e2e({"query and value, r = 8, 600 steps": read("finetune_e2e.json"),
                           "all-linear, r = 16, 1500 steps": read("finetune_e2e_all_linear.json")})}
     write(PAGE, tables)

@@ -27,12 +27,14 @@ class Checkpoint {
     std::string targets;
     for (const auto& target : options.targets) targets += (targets.empty() ? "" : " ") + target;
     run.setting("base", fingerprint_of(base)).setting("data", fingerprint_of(pairs.train));
-    run.setting("dev", fingerprint_of(pairs.dev)).setting("method", method_name(options.method));
+    run.setting("dev", fingerprint_of(pairs.dev)).setting("method", options.method->name);
     run.setting("rank", options.rank).setting("alpha", options.alpha).setting("dropout", options.dropout);
     run.setting("targets", targets).setting("lr", options.learning_rate());
+    run.setting("virtual-tokens", options.virtual_tokens);
     run.setting("lora-plus-ratio", options.lora_plus_ratio).setting("steps", options.steps);
     run.setting("batch-size", options.batch_size).setting("seed", options.seed).setting("threads", options.threads);
     run.setting("dtype", options.dtype).setting("device", options.device);
+    run.setting("evaluations", options.evaluations);
   }
 
   const std::string& path() const { return path_; }

@@ -10,6 +10,9 @@
 
 #include "finetune/report.h"  // defines: fixed, bytes_text
 
+/// The figures of one method's runs, which differ in their seed alone.
+using MethodRuns = std::vector<nlohmann::ordered_json>;
+
 struct Mean {
   double value = 0.0, deviation = 0.0;
 
@@ -17,7 +20,7 @@ struct Mean {
 };
 
 /// Mean and sample deviation of one figure over runs that differ in their seed.
-inline Mean mean_of(const std::vector<nlohmann::ordered_json>& runs, const std::string& key) {
+inline Mean mean_of(const MethodRuns& runs, const std::string& key) {
   Mean mean;
   const auto count = static_cast<double>(runs.size());
   for (const auto& run : runs) mean.value += run[key].get<double>() / count;
@@ -27,8 +30,8 @@ inline Mean mean_of(const std::vector<nlohmann::ordered_json>& runs, const std::
 }
 
 /// One line a method from its runs at its best lr; the last method is the one that the gains are measured against.
-inline void print_comparison(const std::vector<std::vector<nlohmann::ordered_json>>& methods) {
-  const auto gain = [](const std::vector<nlohmann::ordered_json>& runs) {
+inline void print_comparison(const std::vector<MethodRuns>& methods) {
+  const auto gain = [](const MethodRuns& runs) {
     return mean_of(runs, "dev_loss_before").value - mean_of(runs, "dev_loss_after").value;
   };
   const auto& full = methods.back();
@@ -54,6 +57,22 @@ inline void print_comparison(const std::vector<std::vector<nlohmann::ordered_jso
               << mean_of(runs, "dev_loss_after").text() << std::setw(8)
               << fixed(100.0 * gain(runs) / gain(full), 1) + " %" << mean_of(runs, "old_domain_loss_after").text()
               << '\n';
+  }
+  std::cout << std::flush;
+}
+
+/// A Markdown table with a line for each method, at its best lr.
+inline void print_methods(const std::vector<MethodRuns>& methods) {
+  std::cout << "\n| method | lr | trained parameters | saved | a step | peak memory | dev loss |\n"
+            << "|---|---|---|---|---|---|---|\n";
+  for (const auto& runs : methods) {
+    const auto& first = runs.front();
+    const auto seconds = mean_of(runs, "seconds").value / first["steps"].get<double>();
+    std::cout << "| " << first["method"].get<std::string>() << " | " << nlohmann::json(first["learning_rate"]).dump()
+              << " | " << first["trainable_parameters"].get<std::int64_t>() << " | "
+              << bytes_text(first["adapter_bytes"].get<std::int64_t>()) << " | " << fixed(1e3 * seconds, 1) << " ms | "
+              << bytes_text(static_cast<std::int64_t>(mean_of(runs, "peak_memory_bytes").value)) << " | "
+              << fixed(mean_of(runs, "dev_loss_after").value, 4) << " |\n";
   }
   std::cout << std::flush;
 }

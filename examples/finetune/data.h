@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <iostream>
@@ -42,8 +43,10 @@ inline Pairs old_domain_pairs(std::size_t train) {
 /// The domain to adapt to: the files of --data and --dev, else the generator's held-out one.
 inline Pairs new_domain_pairs(const Options& options) {
   constexpr std::size_t kTrain = 1200, kDev = 200;
-  if (options.data.empty()) return draw_pairs(generator_new_domain(), kTrain, kDev);
-  return {read_e2e(options.data), read_e2e(options.dev)};
+  auto pairs = options.data.empty() ? draw_pairs(generator_new_domain(), kTrain, kDev)
+                                    : Pairs{read_e2e(options.data), read_e2e(options.dev)};
+  if (options.dev_pairs > 0) pairs.dev.resize(std::min(options.dev_pairs, pairs.dev.size()));
+  return pairs;
 }
 
 /// The pairs as tokens; pairs beyond the model's positions are left out, which is said, and an empty rest is an error.

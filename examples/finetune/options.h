@@ -5,34 +5,50 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
-enum class Method { kLora, kLoraPlus, kFull };
+struct Start;
+struct Trainable;
 
-inline std::string method_name(Method method) {
-  return method == Method::kLora ? "lora" : method == Method::kLoraPlus ? "lora+" : "full";
-}
+/// A way to fine-tune; finetune/method.h lists them.
+struct Method {
+  std::string name;                // on the command line
+  std::vector<std::string> flags;  // it takes these of the flags that not every method has
+  double learning_rate;            // this and what follows where no flag says otherwise
+  std::int64_t rank;
+  std::vector<std::string> targets;
+  std::int64_t virtual_tokens;
+  Trainable (*make)(const Start& start);  // puts into the model what it trains
+  bool whole_model = false;               // whether it trains and saves the model itself
+};
 
 /// What the command line asks for.
 struct Options {
   std::string model, data, dev, output, json;
-  Method method = Method::kLora;
-  std::int64_t rank = 8;
+  const Method* method = nullptr;
+  /// The flags that not every method has, where they were given, with their words.
+  std::map<std::string, std::vector<std::string>> given;
+  std::int64_t rank = 0;
   double alpha = 16.0;
   double dropout = 0.0;
-  std::vector<std::string> targets = {"c_attn[q,v]"};
+  std::vector<std::string> targets;
+  std::int64_t virtual_tokens = 0;
   std::optional<double> lr;
   double lora_plus_ratio = 16.0;
   std::size_t warmup = 20;
   std::size_t steps = 300;
   std::optional<double> epochs;
   std::size_t batch_size = 8;
+  std::size_t evaluations = 10;
+  std::size_t dev_pairs = 0;  // 0: all
   std::uint64_t seed = 1;
   int threads = 1;
   std::string dtype = "float32", device = "cpu";
-  bool compare = false;
+  bool compare = false, compare_methods = false;
+  std::vector<double> grid;  // learning rates of a comparison; empty: its own
   lora::ScheduleType schedule = lora::ScheduleType::kLinear;
   std::size_t checkpoint_every = 0;  // steps; 0: never
   bool resume = false;
@@ -51,8 +67,5 @@ struct Options {
         .total_steps(static_cast<std::int64_t>(steps));
   }
 
-  /// The lr that `--compare` finds best for the method in the run without arguments.
-  double learning_rate() const {
-    return lr.value_or(method == Method::kLora ? 1e-2 : method == Method::kLoraPlus ? 3e-3 : 1e-3);
-  }
+  double learning_rate() const { return lr.value_or(method->learning_rate); }
 };

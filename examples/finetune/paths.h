@@ -22,7 +22,7 @@ inline void check_outputs(const Options& options) {
   std::filesystem::create_directories(output, failed);
   if (failed || access(output.c_str(), W_OK) != 0)
     throw FileError(output, {"can't be written; choose another --output"});
-  if (options.method == Method::kFull && std::filesystem::equivalent(output, options.model, failed)) {
+  if (options.method->whole_model && std::filesystem::equivalent(output, options.model, failed)) {
     throw FileError(output, {"is the folder of --model, which the result would replace; choose another --output"});
   }
   const auto& json = options.json;

@@ -13,6 +13,7 @@
 #include "finetune/data.h"        // defines: Pairs
 #include "finetune/figures.h"     // defines: Figures
 #include "models/greedy.h"        // defines: greedy
+#include "training/loss.h"        // defines: Reading
 
 inline std::string fixed(double value, int digits) {
   std::ostringstream text;
@@ -34,11 +35,12 @@ class Texts {
   }
 
   /// Lets the model write for each input; `moment` becomes the line's title.
-  void write(const std::string& moment, GPT2LMHeadModel& model) {
+  void write(const std::string& moment, GPT2LMHeadModel& model, const Reading& read = read_tokens) {
     constexpr std::size_t kLimit = 120;
     for (auto& one : shown_) {
-      const auto tokens = encode_input(tokenizer_, one.pair.input);
-      const auto written = greedy(model, tokens, tokenizer_.end_of_text(), kLimit);
+      const auto tokens = torch::tensor(encode_input(tokenizer_, one.pair.input), torch::kInt64);
+      const auto ids = tokens.to(model->lm_head->weight.device()).unsqueeze(0);
+      const auto written = greedy(model, read_without_gradient(read, ids), tokenizer_.end_of_text(), kLimit);
       one.texts.emplace_back(moment, tokenizer_.decode(written));
     }
   }
@@ -55,6 +57,11 @@ class Texts {
   }
 
  private:
+  static GPT2Inputs read_without_gradient(const Reading& read, const torch::Tensor& ids) {
+    torch::NoGradGuard no_grad;
+    return read(ids);
+  }
+
   struct Shown {
     Pair pair;
     std::vector<std::pair<std::string, std::string>> texts;
@@ -68,7 +75,7 @@ inline void print_settings(const Options& options, const Base& base, const Pairs
   std::cout << "base " << base.directory << ", " << options.dtype << " on " << options.device << ", " << options.threads
             << " threads\n"
             << pairs.train.size() << " training pairs, " << pairs.dev.size() << " dev pairs, " << options.steps
-            << " steps of " << options.batch_size << ", method " << method_name(options.method) << ", lr "
+            << " steps of " << options.batch_size << ", method " << options.method->name << ", lr "
             << options.learning_rate() << ", seed " << options.seed << "\n\n";
 }
 
@@ -77,7 +84,6 @@ inline void print_report(const Figures& figures, const Options& options, const s
     std::cout << std::left << std::setw(24) << what << fixed(before, 4) << " -> " << fixed(after, 4) << "   perplexity "
               << fixed(std::exp(before), 2) << " -> " << fixed(std::exp(after), 2) << '\n';
   };
-  const bool full = options.method == Method::kFull;
   line("dev loss, new domain", figures.dev_loss_before, figures.dev_loss_after);
   line("dev loss, old domains", figures.old_domain_loss_before, figures.old_domain_loss_after);
   std::cout << "trained parameters      " << figures.trainable_parameters << " of " << figures.total_parameters << " ("
@@ -86,8 +92,11 @@ inline void print_report(const Figures& figures, const Options& options, const s
                      2)
             << " %)\n"
             << "saved                   " << bytes_text(figures.adapter_bytes) << " in " << options.output
-            << (full ? "\n" : " (the model: " + bytes_text(figures.total_parameters * 4) + " in float32)\n");
-  if (!full) std::cout << "merged - unmerged       " << figures.merged_max_abs_difference << " at most in the logits\n";
+            << (options.method->whole_model
+                    ? "\n"
+                    : " (the model: " + bytes_text(figures.total_parameters * 4) + " in float32)\n");
+  if (figures.merged_max_abs_difference)
+    std::cout << "merged - unmerged       " << *figures.merged_max_abs_difference << " at most in the logits\n";
   std::cout << "training                " << fixed(figures.seconds, 1) << " s, " << fixed(figures.tokens_per_second, 0)
             << " tokens/s, peak memory " << bytes_text(figures.peak_memory_bytes) << "\nloss curve              "
             << curve << '\n';

@@ -92,6 +92,8 @@ class BatchStream {
   BatchStream(std::vector<Sample> samples, std::size_t batch_size, std::uint64_t seed)
       : samples_(std::move(samples)), batch_size_(std::min(batch_size, samples_.size())), engine_(seed), epoch_(seed) {}
 
+  const std::vector<Sample>& samples() const { return samples_; }
+
   std::size_t batches_per_epoch() const { return (samples_.size() + batch_size_ - 1) / batch_size_; }
 
   Batch next() {

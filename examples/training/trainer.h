@@ -16,7 +16,7 @@
 
 #include "models/gpt2.h"        // defines: GPT2LMHeadModel
 #include "text/batches.h"       // defines: Batch, BatchStream
-#include "training/loss.h"      // defines: text_loss, evaluate
+#include "training/loss.h"      // defines: text_loss, evaluate, Reading
 #include "training/progress.h"  // defines: Progress
 
 /// A training whose loss is no number any more.
@@ -34,6 +34,7 @@ struct TrainOptions {
   std::size_t steps = 300;
   std::size_t evaluations = 10;  // evenly spaced over the steps, the last one after the last step
   double clip_norm = 1.0;        // of the whole gradient
+  Reading read = read_tokens;    // what the model reads of a batch
 };
 
 struct TrainReport {
@@ -56,13 +57,13 @@ inline TrainReport train(GPT2LMHeadModel& model, torch::optim::Optimizer& optimi
   }
   const auto device = model->lm_head->weight.device();
   const auto every = std::max<std::size_t>(1, options.steps / std::max<std::size_t>(1, options.evaluations));
-  if (report.dev.empty()) report.dev.push_back({0.0, evaluate(model, dev)});
+  if (report.dev.empty()) report.dev.push_back({0.0, evaluate(model, dev, options.read)});
   model->train();
   for (auto step = report.train.size(); step < options.steps; ++step) {
     const auto begin = Clock::now();
     const auto batch = stream.next().to(device);
     optimizer.zero_grad();
-    const auto loss = text_loss(model, batch);
+    const auto loss = text_loss(model, batch, options.read);
     loss.backward();
     torch::nn::utils::clip_grad_norm_(trained, options.clip_norm);
     optimizer.step();
@@ -74,7 +75,7 @@ inline TrainReport train(GPT2LMHeadModel& model, torch::optim::Optimizer& optimi
     report.train.push_back({static_cast<double>(step + 1), value});
     progress.show(step + 1, value, static_cast<double>(report.tokens) / report.seconds, report.seconds);
     if ((step + 1) % every == 0 || step + 1 == options.steps) {
-      report.dev.push_back({static_cast<double>(step + 1), evaluate(model, dev)});
+      report.dev.push_back({static_cast<double>(step + 1), evaluate(model, dev, options.read)});
     }
     if (after_step) after_step(report);
   }

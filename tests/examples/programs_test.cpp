@@ -2,6 +2,11 @@
 #include <ATen/Context.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <lora/lora.h>
+#include <lora/methods/ia3.h>
+#include <lora/methods/miss.h>
+#include <lora/methods/mora.h>
+#include <lora/methods/vera.h>
 
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -27,6 +32,10 @@ using testing::StartsWith;
 const std::set<std::string> kFigures = {
     "trainable_parameters",  "total_parameters",  "dev_loss_before",   "dev_loss_after", "old_domain_loss_before",
     "old_domain_loss_after", "tokens_per_second", "peak_memory_bytes", "adapter_bytes",  "merged_max_abs_difference"};
+
+/// The methods that put adapters into the model.
+const std::set<std::string> kAdapterMethods = {"lora", "lora+",   "rslora", "dora", "pissa", "olora", "orthogonal",
+                                               "eva",  "lora-fa", "vera",   "mora", "ia3",   "miss"};
 
 /// A tiny untrained GPT-2 and a few pairs, so that a run takes a second.
 class Programs : public ProgramRuns {
@@ -68,11 +77,35 @@ class Programs : public ProgramRuns {
 TEST_F(Programs, HelpExplainsEveryFlag) {
   const auto outcome = run(FINETUNE_GPT2 " --help");
   EXPECT_EQ(outcome.exit_code, 0);
-  for (const auto* const flag :
-       {"--model",  "--data",    "--dev",        "--output",   "--method",           "--rank",
-        "--alpha",  "--dropout", "--targets",    "--lr",       "--lora-plus-ratio",  "--warmup",
-        "--steps",  "--epochs",  "--batch-size", "--seed",     "--threads",          "--dtype",
-        "--device", "--compare", "--json",       "--schedule", "--checkpoint-every", "--resume"}) {
+  for (const auto* const flag : {"--model",
+                                 "--data",
+                                 "--dev",
+                                 "--output",
+                                 "--method",
+                                 "--rank",
+                                 "--alpha",
+                                 "--dropout",
+                                 "--targets",
+                                 "--lr",
+                                 "--lora-plus-ratio",
+                                 "--warmup",
+                                 "--steps",
+                                 "--epochs",
+                                 "--batch-size",
+                                 "--seed",
+                                 "--threads",
+                                 "--dtype",
+                                 "--device",
+                                 "--compare",
+                                 "--json",
+                                 "--schedule",
+                                 "--checkpoint-every",
+                                 "--resume",
+                                 "--grid",
+                                 "--compare-methods",
+                                 "--virtual-tokens",
+                                 "--evaluations",
+                                 "--dev-pairs"}) {
     EXPECT_THAT(outcome.output, testing::ContainsRegex(std::string(flag) + "[ ,][^\n]*\n? +[a-zA-Z]")) << flag;
   }
 }
@@ -94,7 +127,23 @@ TEST_F(Programs, ABadFlagIsOneLineAndExitCodeTwo) {
   expect_error(FINETUNE_GPT2 " --method lorax", "--method");
   expect_error(FINETUNE_GPT2 " --dtype float8", "--dtype");
   expect_error(FINETUNE_GPT2 " --data train.txt", "--dev");
+  expect_error(FINETUNE_GPT2 " --compare --compare-methods", "--compare");
+  expect_error(FINETUNE_GPT2 " --compare-methods --method lora", "--compare-methods");
+  expect_error(FINETUNE_GPT2 " --grid 1e-3", "--grid");
   expect_error(GENERATE_PAIRS " --domains none", "--domains");
+}
+
+TEST_F(Programs, AFlagOfAnotherMethodIsOneLineAndExitCodeTwo) {
+  expect_error(FINETUNE_GPT2 " --method ia3 --rank 8",
+               "[finetune_gpt2] found --rank for ia3, expected of the methods' flags no other than --targets");
+  expect_error(FINETUNE_GPT2 " --method vera --alpha 8", "found --alpha for vera");
+  expect_error(FINETUNE_GPT2 " --method prefix --targets c_attn", "found --targets for prefix");
+  expect_error(FINETUNE_GPT2 " --method prompt --dropout 0.1", "found --dropout for prompt");
+  expect_error(FINETUNE_GPT2 " --lora-plus-ratio 4", "found --lora-plus-ratio for lora,");
+  expect_error(FINETUNE_GPT2 " --virtual-tokens 4", "found --virtual-tokens for lora,");
+  expect_error(FINETUNE_GPT2 " --method full --rank 4", "found --rank for full");
+  expect_error(FINETUNE_GPT2 " --compare --virtual-tokens 4", "found --virtual-tokens for --compare");
+  expect_error(usual + "--method prefix --virtual-tokens 160", "fewer than the model's 160 positions");
 }
 
 TEST_F(Programs, AMissingOrBrokenFileIsOneLineAndExitCodeTwo) {
@@ -163,8 +212,38 @@ TEST_F(Programs, EveryMethodAndDtypeRuns) {
     const auto outcome = run(finetune + base + flags);
     EXPECT_EQ(outcome.exit_code, 0) << flags << "\n" << outcome.errors;
   }
+  for (const auto& method : kAdapterMethods) {
+    const auto outcome = run(usual + "--method " + method + " --json figures.json");
+    ASSERT_EQ(outcome.exit_code, 0) << method << "\n" << outcome.errors;
+    auto model = load_gpt2(folder / "base");
+    const auto adapters = lora::load(*model, folder / "adapter");
+    const auto figures = json("figures.json");
+    EXPECT_GT(figures["trainable_parameters"], 0) << method;
+    EXPECT_LT(figures["merged_max_abs_difference"], 1e-4) << method;
+    EXPECT_EQ(adapters.names(), std::vector<std::string>{"default"}) << method;
+  }
   // What full fine-tuning saved is a base of its own.
   EXPECT_EQ(run(finetune + steps + adapter + "--model full").exit_code, 0);
+}
+
+TEST_F(Programs, VirtualTokensAreTrainedAndSaved) {
+  const auto figures_of = [&](const std::string& method) {
+    const auto outcome =
+        run(finetune + base + adapter + "--steps 30 --virtual-tokens 4 --json figures.json --method " + method);
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+    EXPECT_THAT(outcome.output, Not(HasSubstr("\nmerged"))) << method;
+    return json("figures.json");
+  };
+  const auto of_prefix = figures_of("prefix");
+  EXPECT_EQ(of_prefix["trainable_parameters"], 4 * 2 * 2 * 16);
+  EXPECT_LT(of_prefix["dev_loss_after"], of_prefix["dev_loss_before"]);
+  EXPECT_EQ(lora::load_prefix_tuning(folder / "adapter")->config().num_virtual_tokens(), 4);
+  const auto of_prompt = figures_of("prompt");
+  EXPECT_EQ(of_prompt["trainable_parameters"], 4 * 16);
+  EXPECT_LT(of_prompt["dev_loss_after"], of_prompt["dev_loss_before"]);
+  EXPECT_EQ(lora::load_prompt_tuning(folder / "adapter")->config().num_virtual_tokens(), 4);
+  EXPECT_EQ(run(usual + "--method prefix --dtype bfloat16").exit_code, 0);
+  EXPECT_EQ(run(usual + "--method prompt --dtype bfloat16").exit_code, 0);
 }
 
 /// A run is killed at random moments, also while it saves, and continued: the same weights, curve and figures.
@@ -177,7 +256,10 @@ TEST_F(Programs, AKilledRunIsContinuedToTheSameEnd) {
   };
   for (const auto& [flags, weights, kills] :
        {std::tuple{"--method lora+ --dropout 0.2 --schedule cosine", "adapter_model.safetensors", 6},
-        std::tuple{"--method full --lr 1e-3", "model.safetensors", 2}}) {
+        std::tuple{"--method full --lr 1e-3", "model.safetensors", 2},
+        std::tuple{"--method eva --dropout 0.2", "adapter_model.safetensors", 1},
+        std::tuple{"--method lora-fa", "adapter_model.safetensors", 1},
+        std::tuple{"--method prefix", "adapter_model.safetensors", 1}}) {
     const auto command = finetune + base + "--steps 60 --warmup 5 " + flags;
     ASSERT_EQ(run(command + " --output whole --json whole.json").exit_code, 0);
     const auto with_checkpoints = command + " --output killed --json killed.json --checkpoint-every 1 --resume";
@@ -220,6 +302,8 @@ TEST_F(Programs, ACheckpointOfAnotherRunIsRefusedByName) {
   refused("--resume --lr 1e-3", "found 0.01, expected 0.001 for settings.lr");
   refused("--resume --schedule cosine", "for schedule.type");
   refused("--resume --method full", "found \"lora\", expected \"full\" for settings.method");
+  refused("--resume --method dora", "found \"lora\", expected \"dora\" for settings.method");
+  refused("--resume --method prefix", "found \"lora\", expected \"prefix\" for settings.method");
   expect_error(finetune + base + adapter + "--steps 4 --resume", "found 3, expected 4 for settings.steps");
   write_bytes(folder / "train.txt", run(GENERATE_PAIRS " --count 12 --seed 3").output);
   refused("--resume", "for settings.data; give the flags of that run, or start anew without --resume");
@@ -264,6 +348,18 @@ TEST_F(Programs, ACompareTableComesFromTheSameGridForAll) {
   EXPECT_EQ(rates.size(), 5U);
   EXPECT_EQ(methods, (std::set<std::string>{"lora", "lora+", "full"}));
   EXPECT_EQ(seeds, (std::set<int>{1, 2, 3}));
+}
+
+TEST_F(Programs, AComparisonOfTheMethodsHasARowForEach) {
+  const auto outcome =
+      run(finetune + base + "--steps 2 --dev-pairs 2 --rank 4 --grid 1e-3 --compare-methods --json methods.json");
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+  EXPECT_THAT(outcome.output, HasSubstr("\n| method | lr | trained parameters | saved | a step | peak memory | dev "));
+  EXPECT_THAT(outcome.output, HasSubstr("16/16 runs, 0 s left\n"));
+  auto methods = kAdapterMethods;
+  methods.insert({"prefix", "prompt", "full"});
+  EXPECT_EQ(json("methods.json")["runs"].size(), methods.size());
+  for (const auto& method : methods) EXPECT_THAT(outcome.output, HasSubstr("\n| " + method + " | 0.001 | ")) << method;
 }
 
 TEST_F(Programs, QuickstartLearnsMergesAndSaves) {

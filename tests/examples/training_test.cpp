@@ -42,6 +42,21 @@ TEST(Loss, IsThatOfAllLogitsOnTheLabelledRows) {
   EXPECT_NEAR(text_loss(model, batch).item<double>(), expected.item<double>(), 1e-5);
 }
 
+TEST(Loss, WhatStandsInFrontHasNoLabel) {
+  auto model = tiny_model();
+  const auto batch = collate({{{1, 2, 3, 4}, 2}, {{5, 6}, 1}}, {0, 1});
+  const auto in_front = model->transformer->wte(torch::tensor({{7, 8}, {7, 8}}));
+  const Reading read = [&](const torch::Tensor& ids) {
+    return GPT2Inputs{{}, torch::cat({in_front, model->transformer->wte(ids)}, 1), {}};
+  };
+  const auto tokens = collate({{{7, 8, 1, 2, 3, 4}, 4}, {{7, 8, 5, 6}, 3}}, {0, 1});
+  EXPECT_NEAR(text_loss(model, batch, read).item<double>(), text_loss(model, tokens).item<double>(), 1e-5);
+  GPT2Cache cache;
+  model->transformer->forward(torch::tensor({{7, 8}, {7, 8}}), &cache);
+  const Reading behind = [&](const torch::Tensor& ids) { return GPT2Inputs{ids, {}, cache.layers}; };
+  EXPECT_NEAR(text_loss(model, batch, behind).item<double>(), text_loss(model, tokens).item<double>(), 1e-5);
+}
+
 TEST(Loss, EvaluationWeighsTokensNotBatches) {
   auto model = tiny_model();
   const std::vector<Sample> samples = {{{1, 2, 3, 4, 5, 6}, 1}, {{7, 8}, 1}, {{9, 3, 1}, 1}};
