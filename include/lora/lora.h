@@ -33,14 +33,15 @@
 #include <lora/lora_fa.h>                          // defines: LoraFa
 #include <lora/lora_linear.h>                      // defines: LoRALinear
 #include <lora/merge/merge.h>                      // defines: MergeReport
-#include <lora/merge_checkpoint.h>         // defines: check_checkpoint, merge_checkpoint, MergeCheckpointOptions
-#include <lora/methods/method.h>           // defines: Method, UpdateSpec
-#include <lora/methods/update.h>           // defines: Update, Factors, LowRank, UpdateTensor, TensorRole
-#include <lora/prompt/prefix_tuning.h>     // defines: PrefixTuning, load_prefix_tuning, PastKeyValues
-#include <lora/prompt/prompt_tuning.h>     // defines: PromptTuning, load_prompt_tuning
-#include <lora/train/keep_freed_memory.h>  // defines: keep_freed_memory
-#include <lora/train/param_groups.h>       // defines: LoraPlusOptions
-#include <lora/train/schedule.h>           // defines: Schedule, ScheduleOptions, ScheduleType, schedule_factor
-#include <lora/training_state.h>           // defines: TrainingState
-#include <lora/version.h>                  // defines: LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH
-#include <lora/weight/product_plan.h>      // defines: ProductPlan, ProductShape, ProductKernel
+#include <lora/merge_checkpoint.h>           // defines: check_checkpoint, merge_checkpoint, MergeCheckpointOptions
+#include <lora/methods/configured_method.h>  // defines: ConfiguredMethod
+#include <lora/methods/method.h>             // defines: Method, UpdateSpec
+#include <lora/methods/update.h>             // defines: Update, Factors, LowRank, UpdateTensor, TensorRole
+#include <lora/prompt/prefix_tuning.h>       // defines: PrefixTuning, load_prefix_tuning, PastKeyValues
+#include <lora/prompt/prompt_tuning.h>       // defines: PromptTuning, load_prompt_tuning
+#include <lora/train/keep_freed_memory.h>    // defines: keep_freed_memory
+#include <lora/train/param_groups.h>         // defines: LoraPlusOptions
+#include <lora/train/schedule.h>             // defines: Schedule, ScheduleOptions, ScheduleType, schedule_factor
+#include <lora/training_state.h>             // defines: TrainingState
+#include <lora/version.h>                    // defines: LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH
+#include <lora/weight/product_plan.h>        // defines: ProductPlan, ProductShape, ProductKernel

@@ -7,7 +7,6 @@
 #include <torch/csrc/jit/serialization/import.h>
 #include <torch/optim/adamw.h>
 
-#include <functional>
 #include <iterator>
 #include <map>
 #include <memory>
@@ -22,6 +21,7 @@
 #include "examples/models/gpt2.h"
 #include "examples/models/gpt2_checkpoint.h"
 #include "harness/dense_oracle.h"
+#include "harness/stored_model.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 #include "oracles/models.h"
@@ -30,6 +30,8 @@ namespace options_test {
 namespace {
 
 using harness::relative_error;
+using harness::stored_model;
+using harness::StoredModel;
 using nlohmann::json;
 using Tensors = std::map<std::string, at::Tensor>;
 
@@ -53,26 +55,10 @@ const std::vector<OptionCase>& options() {
   return cases;
 }
 
-struct Model {
-  std::shared_ptr<torch::nn::Module> module;
-  std::function<at::Tensor(const at::Tensor&)> forward;
-};
-
-template <class Holder>
-Model with_state(const std::string& file) {
-  Holder holder;
-  const at::NoGradGuard no_grad;
-  const auto values = lora::load_safetensors(file);
-  for (auto& [name, tensor] : state_dict(*holder)) tensor.copy_(values.at(name));
-  holder->eval();
-  return {holder.ptr(), [holder](const at::Tensor& x) mutable { return holder->forward(x); }};
-}
-
-Model make(const std::string& model) {
-  if (model == "reader") return with_state<Reader>(kOptions + "reader/base.safetensors");
-  if (model == "convs") return with_state<Convs>(kOptions + "convs/base.safetensors");
-  auto gpt2 = load_gpt2(kOptions + "gpt2/base");
-  return {gpt2.ptr(), [gpt2](const at::Tensor& x) mutable { return gpt2->forward(x); }};
+StoredModel make(const std::string& model) {
+  if (model == "reader") return stored_model<Reader>(kOptions + "reader/base.safetensors");
+  if (model == "convs") return stored_model<Convs>(kOptions + "convs/base.safetensors");
+  return stored_model(load_gpt2(kOptions + "gpt2/base"));
 }
 
 class Option : public ::testing::TestWithParam<OptionCase> {
@@ -84,7 +70,7 @@ class Option : public ::testing::TestWithParam<OptionCase> {
 
   at::Tensor output() const { return model_.forward(data_.at("x")); }
 
-  Model model_;
+  StoredModel model_;
   Tensors data_, expected_;
 };
 

@@ -60,6 +60,14 @@ TEST_F(BadInput, OfRanksThatTheStartHasNotVectorsFor) {
   EXPECT_THAT(refusal(lora::MissConfig().r(3).init_weights(lora::MissForm::kBat)), HasSubstr("a divisor of both"));
 }
 
+TEST_F(BadInput, OfFilesWithVirtualTokens) {
+  const TempFolder folder;
+  lora::PromptTuning prompt(lora::PromptTuningConfig().num_virtual_tokens(2).token_dim(12));
+  prompt->save(folder / "prompt");
+  EXPECT_THAT(harness::problems_of([&] { lora::load(*model_, folder / "prompt"); }),
+              Contains(AllOf(HasSubstr("found peft_type = \"PROMPT_TUNING\""), HasSubstr("lora::load_prompt_tuning"))));
+}
+
 TEST_F(BadInput, OfConfigurationsThatContradictThemselves) {
   EXPECT_THAT(refusal(LoraConfig().use_dora(true).lora_bias(true)), HasSubstr("lora_bias with use_dora"));
   EXPECT_THAT(refusal(LoraConfig().use_dora(true).init_lora_weights(LoraInit::kPissa)),

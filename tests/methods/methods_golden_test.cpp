@@ -7,7 +7,6 @@
 #include <torch/csrc/jit/serialization/import.h>
 
 #include <algorithm>
-#include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -19,6 +18,7 @@
 #include "examples/models/gpt2_checkpoint.h"
 #include "harness/dense_oracle.h"
 #include "harness/expect_same_bits.h"
+#include "harness/stored_model.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 #include "oracles/models.h"
@@ -27,35 +27,27 @@ namespace methods_golden_test {
 namespace {
 
 using harness::relative_error;
+using harness::stored_model;
+using harness::StoredModel;
 using Tensors = std::map<std::string, at::Tensor>;
 
 constexpr double kTolerance = 1e-5;
 const std::string kGolden = LORA_SOURCE_DIR "/tests/golden/";
 
-struct Model {
-  std::shared_ptr<torch::nn::Module> module;
-  std::function<at::Tensor(const at::Tensor&)> forward;
-  std::string data;  // the file with x and g
-};
-
-template <class Holder>
-Model with_state(const std::string& base, const std::string& data) {
-  Holder holder;
-  const at::NoGradGuard no_grad;
-  const auto values = lora::load_safetensors(kGolden + base);
-  for (auto& [name, tensor] : state_dict(*holder)) tensor.copy_(values.at(name));
-  holder->eval();
-  return {holder.ptr(), [holder](const at::Tensor& x) mutable { return holder->forward(x); }, data};
+StoredModel make(const std::string& model) {
+  if (model == "mlp") return stored_model<Mlp>(kGolden + "mlp/base.safetensors");
+  if (model == "reader") return stored_model<Reader>(kGolden + "options/reader/base.safetensors");
+  if (model == "convs") return stored_model<Convs>(kGolden + "options/convs/base.safetensors");
+  return stored_model(load_gpt2(kGolden + "gpt2/model"));
 }
 
-Model make(const std::string& model) {
-  if (model == "mlp") return with_state<Mlp>("mlp/base.safetensors", "mlp/data.safetensors");
-  if (model == "reader")
-    return with_state<Reader>("options/reader/base.safetensors", "options/reader/data.safetensors");
-  if (model == "convs") return with_state<Convs>("options/convs/base.safetensors", "options/convs/data.safetensors");
-  auto gpt2 = load_gpt2(kGolden + "gpt2/model");
-  return {gpt2.ptr(), [gpt2](const at::Tensor& ids) mutable { return gpt2->forward(ids); },
-          "gpt2/expected.safetensors"};
+/// x or ids, and g.
+Tensors data_of(const std::string& model) {
+  static const std::map<std::string, std::string> files{{"mlp", "mlp/data.safetensors"},
+                                                        {"reader", "options/reader/data.safetensors"},
+                                                        {"convs", "options/convs/data.safetensors"},
+                                                        {"gpt2", "gpt2/expected.safetensors"}};
+  return lora::load_safetensors(kGolden + files.at(model));
 }
 
 struct GoldenCase {
@@ -70,14 +62,14 @@ class MethodsGolden : public ::testing::TestWithParam<GoldenCase> {
       : directory_(kGolden + "methods/" + GetParam().path),
         expected_(lora::load_safetensors(directory_ + "/expected.safetensors")),
         model_(make(GetParam().model)) {
-    const auto data = lora::load_safetensors(kGolden + model_.data);
+    const auto data = data_of(GetParam().model);
     x_ = data.count("ids") != 0 ? data.at("ids") : data.at("x");
     g_ = data.at("g");
   }
 
   std::string directory_;
   Tensors expected_;
-  Model model_;
+  StoredModel model_;
   at::Tensor x_, g_;
 };
 
@@ -234,14 +226,14 @@ TEST_P(StartsGolden, BeginWithPeftsFactorsOverTheBaseAsItIs) {
     const auto residual = parameters[module + ".weight"].detach() - 7.0 / 3 * at::mm(B, A);
     EXPECT_LT(relative_error(residual, start.at(module + ".residual")), 1e-5) << module;
   }
-  const auto data = lora::load_safetensors(kGolden + model.data);
+  const auto data = data_of("mlp");
   EXPECT_LT(relative_error(model.forward(data.at("x")), data.at("y_base")), 1e-6);
 }
 
 TEST_P(StartsGolden, LoadWhatPeftHasTakenTheStartOutFor) {
   const auto model = make("mlp");
   const auto expected = lora::load_safetensors(folder() + "/raw/expected.safetensors");
-  const auto data = lora::load_safetensors(kGolden + model.data);
+  const auto data = data_of("mlp");
   const auto adapters = lora::load(*model.module, folder() + "/raw");
   EXPECT_LT(relative_error(model.forward(data.at("x")), expected.at("y")), kTolerance);
 

@@ -57,26 +57,13 @@ class HadamardUpdate final : public lora::Update {
   at::Tensor A_, B_;
 };
 
-class Hadamard final : public lora::Method {
+class Hadamard final : public lora::ConfiguredMethod<HadamardConfig> {
  public:
-  using Config = HadamardConfig;
-  explicit Hadamard(const HadamardConfig& config) : config_(config), targeting_(config.targeting()) {
-    config.validate();
-  }
-  const HadamardConfig& config() const { return config_; }
-  const char* peft_type() const override { return HadamardConfig::kPeftType; }
-  const char* prefix() const override { return HadamardConfig::kPrefix; }
-  const lora::Targeting& targeting() const override { return targeting_; }
-  double dropout() const override { return 0; }
-  at::ScalarType tensor_dtype(at::ScalarType base) const override { return lora::accumulation_dtype(base); }
+  using ConfiguredMethod::ConfiguredMethod;
   std::shared_ptr<lora::Update> create(const lora::UpdateSpec& spec) const override {
-    auto A = at::randn({config_.r(), spec.in_features}, spec.options);
-    return std::make_shared<HadamardUpdate>(A, at::zeros({spec.out_features, config_.r()}, spec.options));
+    auto A = at::randn({config().r(), spec.in_features}, spec.options);
+    return std::make_shared<HadamardUpdate>(A, at::zeros({spec.out_features, config().r()}, spec.options));
   }
-
- private:
-  HadamardConfig config_;
-  lora::Targeting targeting_;
 };
 
 TEST(OwnMethod, IsTrainedMergedSavedAndLoadedAsTheLibrarysOwn) {

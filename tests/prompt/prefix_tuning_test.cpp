@@ -23,18 +23,21 @@
 
 #include "examples/models/gpt2.h"
 #include "examples/models/gpt2_checkpoint.h"
-#include "examples/models/greedy.h"
 #include "harness/dense_oracle.h"
 #include "harness/message_of.h"
 #include "harness/operators.h"
+#include "harness/small_gpt2.h"
 #include "harness/temp_folder.h"
 #include "harness/values.h"
 
 namespace prefix_tuning_test {
 namespace {
 
+using harness::expect_decodes_as_it_reads;
 using harness::message_of;
 using harness::relative_error;
+using harness::small_gpt2;
+using harness::small_ids;
 using lora::PrefixTuning;
 using lora::PrefixTuningConfig;
 using testing::HasSubstr;
@@ -56,27 +59,11 @@ void fill(Holder& module, uint64_t seed, double scale = 0.5) {
   }
 }
 
-GPT2LMHeadModel small_gpt2() {
-  at::manual_seed(5);
-  GPT2Config config;
-  config.vocab_size = 50;
-  config.n_positions = 32;
-  config.n_embd = 24;
-  config.n_layer = 2;
-  config.n_head = 3;
-  config.initializer_range = 0.3;
-  GPT2LMHeadModel model(config);
-  for (auto& parameter : model->parameters()) parameter.set_requires_grad(false);
-  return model;
-}
-
 PrefixTuning small_prefix() {
   PrefixTuning prefix(config(5, 2, 3, 24));
   fill(prefix, 70);
   return prefix;
 }
-
-at::Tensor small_ids() { return (harness::normal({2, 9}, 3) * 1e6).to(at::kLong).remainder(50); }
 
 std::map<std::string, at::Tensor> golden(const std::string& file) { return lora::load_safetensors(kGolden + file); }
 
@@ -418,16 +405,8 @@ TEST(PrefixTuning, DecodesAsItReads) {
   const auto inputs = [&](const std::vector<int64_t>& tokens) {
     return GPT2Inputs{torch::tensor(tokens, at::kLong).unsqueeze(0), {}, prefix->past_key_values(1)};
   };
-  std::vector<int64_t> tokens{1, 2, 3};
-  const auto written = greedy(model, inputs(tokens), /*end=*/-1, 6);
-  ASSERT_EQ(written.size(), 6U);
-  for (const auto token : written) {
-    EXPECT_EQ(token, model->forward(inputs(tokens)).select(1, -1).argmax().item<int64_t>());
-    tokens.push_back(token);
-  }
-  EXPECT_NE(written, greedy(model, {1, 2, 3}, /*end=*/-1, 6));
   // 32 positions, of which the prefix has 5 and the input 3.
-  EXPECT_EQ(greedy(model, inputs({1, 2, 3}), /*end=*/-1, 100).size(), 24U);
+  expect_decodes_as_it_reads(model, inputs, 24);
 }
 
 }  // namespace

@@ -17,16 +17,19 @@
 
 #include "examples/models/gpt2.h"
 #include "examples/models/gpt2_checkpoint.h"
-#include "examples/models/greedy.h"
 #include "harness/dense_oracle.h"
 #include "harness/message_of.h"
+#include "harness/small_gpt2.h"
 #include "harness/values.h"
 
 namespace prompt_tuning_test {
 namespace {
 
+using harness::expect_decodes_as_it_reads;
 using harness::message_of;
 using harness::relative_error;
+using harness::small_gpt2;
+using harness::small_ids;
 using lora::PromptTuning;
 using lora::PromptTuningConfig;
 using testing::HasSubstr;
@@ -39,22 +42,6 @@ PromptTuningConfig config(int64_t tokens, int64_t token_dim) {
 }
 
 PromptTuning small_prompt() { return PromptTuning(config(4, 24), harness::normal({4, 24}, 8, at::kFloat)); }
-
-GPT2LMHeadModel small_gpt2() {
-  at::manual_seed(5);
-  GPT2Config config;
-  config.vocab_size = 50;
-  config.n_positions = 32;
-  config.n_embd = 24;
-  config.n_layer = 2;
-  config.n_head = 3;
-  config.initializer_range = 0.3;
-  GPT2LMHeadModel model(config);
-  for (auto& parameter : model->parameters()) parameter.set_requires_grad(false);
-  return model;
-}
-
-at::Tensor small_ids() { return (harness::normal({2, 9}, 3) * 1e6).to(at::kLong).remainder(50); }
 
 at::Tensor logits_of(GPT2LMHeadModel& model, const PromptTuning& prompt, const at::Tensor& ids) {
   return model->forward(GPT2Inputs{{}, prompt->prepend(model->transformer->wte(ids)), {}});
@@ -205,15 +192,7 @@ TEST(PromptTuning, DecodesAsItReads) {
   const auto inputs = [&](const std::vector<int64_t>& tokens) {
     return GPT2Inputs{{}, prompt->prepend(model->transformer->wte(ids(tokens))), {}};
   };
-  std::vector<int64_t> tokens{1, 2, 3};
-  const auto written = greedy(model, inputs(tokens), /*end=*/-1, 6);
-  ASSERT_EQ(written.size(), 6U);
-  for (const auto token : written) {
-    EXPECT_EQ(token, model->forward(inputs(tokens)).select(1, -1).argmax().item<int64_t>());
-    tokens.push_back(token);
-  }
-  EXPECT_NE(written, greedy(model, {1, 2, 3}, /*end=*/-1, 6));
-  EXPECT_EQ(greedy(model, inputs({1, 2, 3}), /*end=*/-1, 100).size(), 25U);
+  expect_decodes_as_it_reads(model, inputs, 25);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <c10/util/Exception.h>
+#include <lora/config/peft_notes.h>
 #include <lora/config/targets.h>
 #include <lora/version.h>
 
@@ -12,23 +13,8 @@
 
 LORA_NAMESPACE_BEGIN
 
-// An option of all configurations: its member with its getters, and its setter, which returns the configuration.
-#define LORA_OPTION(T, name)                               \
- public:                                                   \
-  const T& name() const noexcept { return this->name##_; } \
-  T& name() noexcept { return this->name##_; }             \
-                                                           \
- private:                                                  \
-  T name##_ /* NOLINT */
-#define LORA_OPTION_SETTER(T, name)            \
-  using AdapterOptions::name;                  \
-  Derived& name(T value) {                     \
-    AdapterOptions::name() = std::move(value); \
-    return static_cast<Derived&>(*this);       \
-  }
-
 /// What the configurations of all methods have in common, by PEFT's names; AdapterConfig adds the setters.
-class AdapterOptions {
+class AdapterOptions : public PeftNotes {
   /// The modules to adapt.
   LORA_OPTION(TargetModules, target_modules);
   /// Modules that are left alone although target_modules or target_if choose them.
@@ -53,14 +39,6 @@ class AdapterOptions {
   LORA_OPTION(bool, autocast_adapter_dtype) = true;
   /// PEFT's note that the weights are [in, out]; the layout is found by itself, and the files say it.
   LORA_OPTION(bool, fan_in_fan_out) = false;
-  /// PEFT's note of the task, as "CAUSAL_LM"; it changes nothing here.
-  LORA_OPTION(std::string, task_type);
-  /// PEFT's note of the base model; it changes nothing here.
-  LORA_OPTION(std::string, base_model_name_or_path);
-  /// PEFT's note of the base model's revision; it changes nothing here.
-  LORA_OPTION(std::string, revision);
-  /// PEFT's note of the Python classes, JSON text that is kept as it is.
-  LORA_OPTION(std::string, auto_mapping);
 
  public:
   /// Where the adapter goes and what it has copies of.
@@ -80,8 +58,7 @@ class AdapterOptions {
   /// Calls `visit(key, value)` for each option that files hold, under PEFT's key; `options` is const or not.
   template <class Options, class Visitor>
   static void visit_options(Options& options, Visitor& visit) {
-    visit("auto_mapping", options.auto_mapping());
-    visit("base_model_name_or_path", options.base_model_name_or_path());
+    visit_notes(options, visit);
     visit("bias", options.bias());
     visit("exclude_modules", options.exclude_modules());
     visit("fan_in_fan_out", options.fan_in_fan_out());
@@ -89,9 +66,7 @@ class AdapterOptions {
     visit("layers_pattern", options.layers_pattern());
     visit("layers_to_transform", options.layers_to_transform());
     visit("modules_to_save", options.modules_to_save());
-    visit("revision", options.revision());
     visit("target_modules", options.target_modules());
-    visit("task_type", options.task_type());
   }
 
  protected:
@@ -161,22 +136,18 @@ class AdapterOptions {
 
 /// The options that the configurations of all methods have in common, with setters that return the configuration.
 template <class Derived>
-class AdapterConfig : public AdapterOptions {
+class AdapterConfig : public NotedOptions<Derived, AdapterOptions> {
  public:
-  LORA_OPTION_SETTER(TargetModules, target_modules)
-  LORA_OPTION_SETTER(TargetModules, exclude_modules)
-  LORA_OPTION_SETTER(OneOrMore<int64_t>, layers_to_transform)
-  LORA_OPTION_SETTER(OneOrMore<std::string>, layers_pattern)
-  LORA_OPTION_SETTER(std::vector<std::string>, modules_to_save)
-  LORA_OPTION_SETTER(BiasCopies, bias)
-  LORA_OPTION_SETTER(Targeting::Predicate, target_if)
-  LORA_OPTION_SETTER(Targeting::ScriptPredicate, target_script_if)
-  LORA_OPTION_SETTER(bool, autocast_adapter_dtype)
-  LORA_OPTION_SETTER(bool, fan_in_fan_out)
-  LORA_OPTION_SETTER(std::string, task_type)
-  LORA_OPTION_SETTER(std::string, base_model_name_or_path)
-  LORA_OPTION_SETTER(std::string, revision)
-  LORA_OPTION_SETTER(std::string, auto_mapping)
+  LORA_OPTION_SETTER(AdapterOptions, TargetModules, target_modules)
+  LORA_OPTION_SETTER(AdapterOptions, TargetModules, exclude_modules)
+  LORA_OPTION_SETTER(AdapterOptions, OneOrMore<int64_t>, layers_to_transform)
+  LORA_OPTION_SETTER(AdapterOptions, OneOrMore<std::string>, layers_pattern)
+  LORA_OPTION_SETTER(AdapterOptions, std::vector<std::string>, modules_to_save)
+  LORA_OPTION_SETTER(AdapterOptions, BiasCopies, bias)
+  LORA_OPTION_SETTER(AdapterOptions, Targeting::Predicate, target_if)
+  LORA_OPTION_SETTER(AdapterOptions, Targeting::ScriptPredicate, target_script_if)
+  LORA_OPTION_SETTER(AdapterOptions, bool, autocast_adapter_dtype)
+  LORA_OPTION_SETTER(AdapterOptions, bool, fan_in_fan_out)
 
   using AdapterOptions::fused_parts;
   /// Adds the row ranges of one projection.
@@ -185,8 +156,5 @@ class AdapterConfig : public AdapterOptions {
     return static_cast<Derived&>(*this);
   }
 };
-
-#undef LORA_OPTION
-#undef LORA_OPTION_SETTER
 
 LORA_NAMESPACE_END

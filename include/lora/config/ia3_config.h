@@ -27,6 +27,13 @@ class IA3Config : public AdapterConfig<IA3Config> {
   TORCH_ARG(TargetModules, feedforward_modules);
 
  public:
+  /// Where the adapter goes; its updates scale biases too.
+  Targeting targeting() const {
+    auto targeting = AdapterOptions::targeting();
+    targeting.scales_bias = true;
+    return targeting;
+  }
+
   /// Calls `visit(key, value)` for each option that files hold, under PEFT's key; `config` is const or not.
   template <class Config, class Visitor>
   static void visit(Config& config, Visitor& visit) {

@@ -1,31 +1,16 @@
 #pragma once
 
 #include <c10/util/Exception.h>
+#include <lora/config/peft_notes.h>
 #include <lora/version.h>
 
 #include <cstdint>
-#include <string>
-#include <utility>
 
 LORA_NAMESPACE_BEGIN
 
-// An option with its getters and its setter, which returns the configuration.
-#define LORA_OPTION(T, name)                               \
- public:                                                   \
-  const T& name() const noexcept { return this->name##_; } \
-  T& name() noexcept { return this->name##_; }             \
-  Derived& name(T value) {                                 \
-    this->name##_ = std::move(value);                      \
-    return static_cast<Derived&>(*this);                   \
-  }                                                        \
-                                                           \
- private:                                                  \
-  T name##_ /* NOLINT */
-
 /// What the configurations of virtual tokens have in common, by PEFT's names: learned vectors in front of a frozen
 /// model's tokens.
-template <class Derived>
-class PromptLearningConfig {
+class PromptLearningOptions : public PeftNotes {
   /// How many virtual tokens stand in front of a sequence; at least 1.
   LORA_OPTION(int64_t, num_virtual_tokens) = 0;
   /// Width of a token in the model, GPT-2's n_embd; of a prefix that of its keys, which grouped queries make narrower.
@@ -36,27 +21,19 @@ class PromptLearningConfig {
   LORA_OPTION(int64_t, num_attention_heads) = 0;
   /// Stacks that get virtual tokens: 1, a decoder or an encoder alone. PEFT's 2, of both, is refused.
   LORA_OPTION(int64_t, num_transformer_submodules) = 1;
-  /// PEFT's note of the task, by which it chooses the class that puts virtual tokens in front; it changes nothing here.
-  LORA_OPTION(std::string, task_type) = "CAUSAL_LM";
-  /// PEFT's note of the base model; it changes nothing here.
-  LORA_OPTION(std::string, base_model_name_or_path);
-  /// PEFT's note of the base model's revision; it changes nothing here.
-  LORA_OPTION(std::string, revision);
-  /// PEFT's note of the Python classes, JSON text that is kept as it is.
-  LORA_OPTION(std::string, auto_mapping);
 
  protected:
+  /// PEFT chooses the class that puts virtual tokens in front by the task.
+  PromptLearningOptions() { task_type() = "CAUSAL_LM"; }
+
   /// Calls `visit(key, value)` for each of these options, under PEFT's key; `config` is const or not.
   template <class Config, class Visitor>
   static void visit_options(Config& config, Visitor& visit) {
-    visit("auto_mapping", config.auto_mapping());
-    visit("base_model_name_or_path", config.base_model_name_or_path());
+    visit_notes(config, visit);
     visit("num_attention_heads", config.num_attention_heads());
     visit("num_layers", config.num_layers());
     visit("num_transformer_submodules", config.num_transformer_submodules());
     visit("num_virtual_tokens", config.num_virtual_tokens());
-    visit("revision", config.revision());
-    visit("task_type", config.task_type());
     visit("token_dim", config.token_dim());
   }
 
@@ -77,6 +54,15 @@ class PromptLearningConfig {
   }
 };
 
-#undef LORA_OPTION
+/// The same with setters that return the configuration.
+template <class Derived>
+class PromptLearningConfig : public NotedOptions<Derived, PromptLearningOptions> {
+ public:
+  LORA_OPTION_SETTER(PromptLearningOptions, int64_t, num_virtual_tokens)
+  LORA_OPTION_SETTER(PromptLearningOptions, int64_t, token_dim)
+  LORA_OPTION_SETTER(PromptLearningOptions, int64_t, num_layers)
+  LORA_OPTION_SETTER(PromptLearningOptions, int64_t, num_attention_heads)
+  LORA_OPTION_SETTER(PromptLearningOptions, int64_t, num_transformer_submodules)
+};
 
 LORA_NAMESPACE_END

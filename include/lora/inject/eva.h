@@ -132,7 +132,7 @@ class EvaStart {
     Pattern<double> alphas;
     for (const auto& layer : layers_) {
       if (layer.rank == 0) continue;
-      targets.push_back(layer.path + layer.parts);
+      targets.push_back(layer.target);
       const auto pattern = "^" + escaped(layer.path);
       const auto ratio = static_cast<double>(layer.rank) / static_cast<double>(layer.asked);
       const auto alpha = method_.alpha(layer.names) * (config_.eva().adjust_scaling_factors() ? ratio : 1);
@@ -164,7 +164,7 @@ class EvaStart {
  private:
   struct Layer {
     std::string path;
-    std::string parts;  // "[q,v]"; empty: the whole weight
+    std::string target;  // as in target_modules
     std::vector<std::string> names;
     const RecordingUpdate* recorder;
     int64_t asked;        // the configuration's rank
@@ -178,14 +178,12 @@ class EvaStart {
     for (const auto& site : adapters.sites()) {
       const auto* adapter = site.find(kRecorder);
       if (adapter == nullptr) continue;
-      std::string parts;
-      for (const auto& part : adapter->parts) parts += (parts.empty() ? "" : ",") + part.name;
       const auto names = names_of(site);
       const auto rank = method_.rank(names);
       const auto components = static_cast<int64_t>(std::lround(static_cast<double>(rank) * config_.eva().rho()));
       const auto& recorder = static_cast<const RecordingUpdate&>(*adapter->parts.front().update);
-      layers_.push_back({site.path, parts.empty() ? "" : "[" + parts + "]", names, &recorder, rank, rank,
-                         layers_.size(), 0, IncrementalPca(std::min(components, recorder.in_features()))});
+      layers_.push_back({site.path, target_of(site, *adapter), names, &recorder, rank, rank, layers_.size(), 0,
+                         IncrementalPca(std::min(components, recorder.in_features()))});
     }
   }
 

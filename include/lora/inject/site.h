@@ -90,6 +90,15 @@ inline std::vector<std::string> names_of(const Site& site) {
   return names;
 }
 
+/// A site with the parts that an adapter has of it as an entry of target_modules: "h.3.attn.c_attn[q,v]".
+inline std::string target_of(const Site& site, const WeightAdapter& adapter) {
+  std::string parts;
+  for (const auto& part : adapter.parts) {
+    if (!part.name.empty()) parts += (parts.empty() ? "[" : ",") + part.name;
+  }
+  return site.path + (parts.empty() ? "" : parts + "]");
+}
+
 inline constexpr const char* kMaxNormRefusal =
     "whose max_norm writes to the weight at each lookup, which a weight with an adapter does not allow; build it "
     "without max_norm";

@@ -111,10 +111,9 @@ inline std::pair<PreparedAdapter, TruncationReport> truncate(const ModelAdapters
     const auto* updates = site.find(name);
     if (updates == nullptr) continue;
     auto copy = std::make_shared<WeightAdapter>(*updates);
-    std::string parts;
     for (auto& part : copy->parts) {
       const auto [A, B] = joined_factors(part, site);
-      auto svd = svd_of_product(B, A, std::min({A.size(0), A.size(1), B.size(0)}));
+      const auto svd = svd_of_product(B, A, std::min({A.size(0), A.size(1), B.size(0)}));
       const auto count = to.count(svd.S);
       const auto norm = svd.S.square().sum().item<double>();
       const auto rest = svd.S.narrow(0, count, svd.S.size(0) - count).square().sum().item<double>();
@@ -125,14 +124,11 @@ inline std::pair<PreparedAdapter, TruncationReport> truncate(const ModelAdapters
 
       const auto scaling = lora == nullptr ? 1 : part.update->scaling();
       const auto options = part.update->tensors().front().tensor.options().requires_grad(false);
-      const auto root = (svd.S.narrow(0, 0, count) / std::abs(scaling)).sqrt();
-      const auto new_A = (root.unsqueeze(1) * svd.V.narrow(0, 0, count)).to(options);
-      const auto new_B = (svd.U.narrow(1, 0, count) * root * (scaling < 0 ? -1 : 1)).to(options);
-      part.update = std::make_shared<LoraUpdate>(new_A.contiguous(), new_B.contiguous(), scaling,
-                                                 site.layout == WeightLayout::kTable);
-      if (!part.name.empty()) parts += (parts.empty() ? "[" : ",") + part.name;
+      const auto kept = svd.factors(scaling, count);
+      part.update = std::make_shared<LoraUpdate>(kept.A.to(options).contiguous(), kept.B.to(options).contiguous(),
+                                                 scaling, site.layout == WeightLayout::kTable);
     }
-    if (!copy->parts.empty()) targets.push_back(site.path + parts + (parts.empty() ? "" : "]"));
+    if (!copy->parts.empty()) targets.push_back(target_of(site, *copy));
     for (auto& entry : prepared.report.entries) {
       for (auto& line : entry.modules) {
         if (line.path != site.path || copy->parts.empty()) continue;

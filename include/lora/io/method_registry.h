@@ -2,6 +2,8 @@
 
 #include <lora/config/adapter_config.h>
 #include <lora/config/lora_config.h>
+#include <lora/config/prefix_tuning_config.h>
+#include <lora/config/prompt_tuning_config.h>
 #include <lora/detail/json.h>
 #include <lora/io/config_json.h>
 #include <lora/methods/ia3.h>
@@ -115,8 +117,11 @@ inline std::shared_ptr<AnyConfig> read_any_config(const Json& json, std::vector<
   const auto& registry = MethodRegistry::instance();
   const auto* entry = type != json.end() && type->is_string() ? registry.find(type->get<std::string>()) : nullptr;
   if (entry != nullptr) return entry->read(json, problems);
-  problems.push_back("found " + (type == json.end() ? "no peft_type" : "peft_type = " + type->dump()) +
-                     ", expected one of " + registry.known());
+  auto problem = "found " + (type == json.end() ? "no peft_type" : "peft_type = " + type->dump()) +
+                 ", expected one of " + registry.known();
+  if (type != json.end() && *type == PrefixTuningConfig::kPeftType) problem += "; call lora::load_prefix_tuning";
+  if (type != json.end() && *type == PromptTuningConfig::kPeftType) problem += "; call lora::load_prompt_tuning";
+  problems.push_back(problem);
   return nullptr;
 }
 

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/util/SmallVector.h>
 #include <c10/util/intrusive_ptr.h>
@@ -36,10 +38,19 @@ class TensorStamp {
   int64_t version_;
 };
 
-/// A value that is computed from tensors, kept until one of them changes. Safe for several threads.
+/// A value that is computed from tensors, without gradients, and kept until one of them changes. Safe for several
+/// threads.
 template <class Value>
 class Cached {
  public:
+  /// The same with gradients where autograd records the sources: nothing is kept of it then.
+  template <class Compute>
+  Value get_or_record(std::initializer_list<const at::Tensor*> sources, const Compute& compute) const {
+    const auto requires_grad = [](const at::Tensor* tensor) { return tensor->requires_grad(); };
+    if (c10::GradMode::is_enabled() && std::any_of(sources.begin(), sources.end(), requires_grad)) return compute();
+    return get(sources, compute);
+  }
+
   template <class Compute>
   Value get(std::initializer_list<const at::Tensor*> sources, const Compute& compute) const {
     const auto known = std::atomic_load(&entry_);
@@ -49,7 +60,11 @@ class Cached {
     if (fresh) return known->value;
     auto entry = std::make_shared<Entry>();
     for (const auto* tensor : sources) entry->stamps.emplace_back(*tensor);
-    entry->value = compute();
+    {
+      const c10::InferenceMode no_inference(false);  // the value outlives the mode
+      const c10::NoGradGuard no_grad;
+      entry->value = compute();
+    }
     std::atomic_store(&entry_, std::shared_ptr<const Entry>(entry));
     return entry->value;
   }

@@ -7,8 +7,6 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
-#include <c10/core/GradMode.h>
-#include <c10/core/InferenceMode.h>
 #include <lora/methods/cached.h>
 #include <lora/methods/lora_update.h>
 #include <lora/methods/method.h>
@@ -69,13 +67,11 @@ class DoraUpdate final : public LoraUpdate {
   }
 
   Factors factors(const BaseRows& base) const override {
-    const bool records =
-        c10::GradMode::is_enabled() && (A_.requires_grad() || B_.requires_grad() || magnitude_.requires_grad());
-    if (records) return make_factors(base);
-    return factors_.get({&base.values(), &A_, &B_, &magnitude_}, [&] {
-      const c10::InferenceMode no_inference(false);  // they outlive the mode
-      const c10::NoGradGuard no_grad;
-      return make_factors(base);
+    // B takes m/n, so that the sum with W0's rows is W′ at once.
+    return factors_.get_or_record({&base.values(), &A_, &B_, &magnitude_}, [&] {
+      const auto n = norm(base);
+      const auto scale = at::where(n > 0, magnitude_ / n, at::ones_like(n));
+      return Factors{{LowRank{A_, scale.unsqueeze(1) * B_, scaling_}}, scale, {}};
     });
   }
 
@@ -84,17 +80,8 @@ class DoraUpdate final : public LoraUpdate {
   }
 
  private:
-  /// B takes m/n, so that the sum with W0's rows is W′ at once.
-  Factors make_factors(const BaseRows& base) const {
-    const auto n = norm(base);
-    const auto scale = at::where(n > 0, magnitude_ / n, at::ones_like(n));
-    return {{LowRank{A_, scale.unsqueeze(1) * B_, scaling_}}, scale, {}};
-  }
-
   at::Tensor norm(const BaseRows& base) const {
     return norm_.get({&base.values(), &A_, &B_}, [&] {
-      const c10::InferenceMode no_inference(false);
-      const c10::NoGradGuard no_grad;
       const auto W0 = base.matrix();
       const auto squared = base_norm_.get({&base.values()}, [&] { return detail::squared_row_norm(W0); });
       const auto A = A_.to(squared.scalar_type()), B = B_.to(squared.scalar_type());

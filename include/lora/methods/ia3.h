@@ -4,6 +4,7 @@
 #include <ATen/ops/ones.h>
 #include <c10/util/Exception.h>
 #include <lora/config/ia3_config.h>
+#include <lora/methods/configured_method.h>
 #include <lora/methods/method.h>
 #include <lora/version.h>
 
@@ -48,27 +49,9 @@ class IA3Update final : public Update {
 };
 
 /// The method (IA)³ with its configuration.
-class IA3 final : public Method {
+class IA3 final : public ConfiguredMethod<IA3Config> {
  public:
-  /// Its configuration's type.
-  using Config = IA3Config;
-
-  /// Throws c10::ValueError for a configuration out of range.
-  explicit IA3(IA3Config config) : config_(std::move(config)) {
-    config_.validate();
-    targeting_ = config_.targeting();
-    targeting_.scales_bias = true;
-  }
-
-  /// As it was given.
-  const IA3Config& config() const noexcept { return config_; }
-
-  const char* peft_type() const override { return IA3Config::kPeftType; }
-  const Targeting& targeting() const override { return targeting_; }
-  double dropout() const override { return 0; }
-  at::ScalarType tensor_dtype(at::ScalarType base) const override {
-    return config_.autocast_adapter_dtype() ? accumulation_dtype(base) : base;
-  }
+  using ConfiguredMethod::ConfiguredMethod;
 
   std::shared_ptr<Update> create(const UpdateSpec& spec) const override {
     const bool feedforward = is_feedforward(spec.names);
@@ -86,11 +69,9 @@ class IA3 final : public Method {
 
   std::vector<std::string> unmatched(const std::vector<std::vector<std::string>>& weights) const override {
     std::vector<std::string> entries;
-    for (const auto& entry : config_.feedforward_modules().entries()) {
-      const bool matched = std::any_of(weights.begin(), weights.end(), [&](const auto& names) {
-        return std::any_of(names.begin(), names.end(),
-                           [&](const auto& name) { return config_.feedforward_modules().matches(entry, name); });
-      });
+    for (const auto& entry : config().feedforward_modules().entries()) {
+      const bool matched =
+          std::any_of(weights.begin(), weights.end(), [&](const auto& names) { return matches(entry, names); });
       if (!matched) entries.push_back("feedforward_modules \"" + entry.text + "\"");
     }
     return entries;
@@ -108,21 +89,20 @@ class IA3 final : public Method {
     }
     return sizes;
   }
-  const char* prefix() const override { return IA3Config::kPrefix; }
   std::vector<const char*> keys_unknown_to_peft() const override {
     return {"layers_to_transform", "layers_pattern", "bias"};
   }
 
  private:
   bool is_feedforward(const std::vector<std::string>& names) const {
-    const auto& modules = config_.feedforward_modules();
-    return std::any_of(modules.entries().begin(), modules.entries().end(), [&](const auto& entry) {
-      return std::any_of(names.begin(), names.end(), [&](const auto& name) { return modules.matches(entry, name); });
-    });
+    const auto& entries = config().feedforward_modules().entries();
+    return std::any_of(entries.begin(), entries.end(), [&](const auto& entry) { return matches(entry, names); });
   }
 
-  IA3Config config_;
-  Targeting targeting_;
+  bool matches(const TargetModules::Entry& entry, const std::vector<std::string>& names) const {
+    return std::any_of(names.begin(), names.end(),
+                       [&](const auto& name) { return config().feedforward_modules().matches(entry, name); });
+  }
 };
 
 LORA_NAMESPACE_END

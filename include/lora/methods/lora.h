@@ -7,6 +7,7 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 #include <lora/config/lora_config.h>
+#include <lora/methods/configured_method.h>
 #include <lora/methods/dora.h>
 #include <lora/methods/lora_update.h>
 #include <lora/methods/method.h>
@@ -26,50 +27,38 @@
 LORA_NAMESPACE_BEGIN
 
 /// The method LoRA, or DoRA by its flag, with its configuration.
-class LoRA final : public Method {
+class LoRA final : public ConfiguredMethod<LoraConfig> {
  public:
-  /// Its configuration's type.
-  using Config = LoraConfig;
-
   /// Throws c10::ValueError for a configuration out of range.
-  explicit LoRA(LoraConfig config) : config_(std::move(config)) {
-    config_.validate();
-    targeting_ = config_.targeting();
-    for (const auto& [pattern, rank] : config_.rank_pattern()) ranks_.emplace_back(path_regex(pattern), rank);
-    for (const auto& [pattern, alpha] : config_.alpha_pattern()) alphas_.emplace_back(path_regex(pattern), alpha);
+  explicit LoRA(LoraConfig config) : ConfiguredMethod(std::move(config)) {
+    for (const auto& [pattern, rank] : this->config().rank_pattern()) ranks_.emplace_back(path_regex(pattern), rank);
+    for (const auto& [pattern, alpha] : this->config().alpha_pattern()) {
+      alphas_.emplace_back(path_regex(pattern), alpha);
+    }
   }
 
-  /// As it was given.
-  const LoraConfig& config() const noexcept { return config_; }
-
-  const char* peft_type() const override { return LoraConfig::kPeftType; }
-  const Targeting& targeting() const override { return targeting_; }
-  double dropout() const override { return config_.lora_dropout(); }
-
-  at::ScalarType tensor_dtype(at::ScalarType base) const override {
-    return config_.autocast_adapter_dtype() ? accumulation_dtype(base) : base;
-  }
+  double dropout() const override { return config().lora_dropout(); }
 
   /// r of a weight by any of its paths.
-  int64_t rank(const std::vector<std::string>& names) const { return first_match(ranks_, names, config_.r()); }
+  int64_t rank(const std::vector<std::string>& names) const { return first_match(ranks_, names, config().r()); }
   /// lora_alpha of a weight by any of its paths.
   double alpha(const std::vector<std::string>& names) const {
-    return first_match(alphas_, names, config_.lora_alpha());
+    return first_match(alphas_, names, config().lora_alpha());
   }
   /// s of a weight by any of its paths.
   double scaling(const std::vector<std::string>& names) const {
     const auto rank = static_cast<double>(this->rank(names));
-    return alpha(names) / (config_.use_rslora() ? std::sqrt(rank) : rank);
+    return alpha(names) / (config().use_rslora() ? std::sqrt(rank) : rank);
   }
 
   std::string refusal(const UpdateSpec& spec, bool /*is_part*/) const override {
-    if (config_.use_dora() && spec.rows_are_inputs) {
+    if (config().use_dora() && spec.rows_are_inputs) {
       return "a transposed convolution for use_dora, expected a layer whose weight's rows are outputs";
     }
     const auto r = rank(spec.names), most = std::min(spec.in_features, spec.out_features);
-    const auto init = config_.init_lora_weights();
+    const auto init = config().init_lora_weights();
     const std::string of = "r = " + std::to_string(r) + " for a start by ";
-    if (config_.starts_from_base() && r > most) {
+    if (config().starts_from_base() && r > most) {
       return of + "vectors of a weight [" + std::to_string(spec.out_features) + ", " +
              std::to_string(spec.in_features) + "], expected no more than " + std::to_string(most);
     }
@@ -91,19 +80,17 @@ class LoRA final : public Method {
         if (!matched) entries.push_back(std::string(field) + "[\"" + patterns[i].first + "\"]");
       }
     };
-    collect("rank_pattern", ranks_, config_.rank_pattern());
-    collect("alpha_pattern", alphas_, config_.alpha_pattern());
+    collect("rank_pattern", ranks_, config().rank_pattern());
+    collect("alpha_pattern", alphas_, config().alpha_pattern());
     return entries;
   }
 
-  const char* prefix() const override { return LoraConfig::kPrefix; }
-
   std::shared_ptr<Update> create(const UpdateSpec& spec) const override {
     const auto r = rank(spec.names);
-    if (config_.starts_from_base()) return create_from_base(spec, r);
+    if (config().starts_from_base()) return create_from_base(spec, r);
     auto A = at::empty({r, spec.in_features}, spec.options);
     auto B = at::zeros({spec.out_features, r}, spec.options);
-    const auto init = config_.init_lora_weights();
+    const auto init = config().init_lora_weights();
     if (!spec.initialise || init == LoraInit::kEva) {  // whose A comes from the data
       A.zero_();
     } else if (init == LoraInit::kOrthogonal) {
@@ -117,7 +104,7 @@ class LoRA final : public Method {
       const auto bound = 1.0 / std::sqrt(static_cast<double>(spec.in_features));
       A.uniform_(-bound, bound);
     }
-    if (!config_.use_dora()) return std::make_shared<LoraUpdate>(A, B, scaling(spec.names), spec.embedding);
+    if (!config().use_dora()) return std::make_shared<LoraUpdate>(A, B, scaling(spec.names), spec.embedding);
     const auto magnitude = spec.initialise ? DoraUpdate::row_norms(spec.base.matrix()).to(spec.options)
                                            : at::zeros({spec.out_features}, spec.options);
     return std::make_shared<DoraUpdate>(A, B, magnitude, scaling(spec.names), spec.embedding);
@@ -192,16 +179,16 @@ class LoRA final : public Method {
     if (spec.initialise) {
       const auto base = spec.base.matrix();
       const auto W0 = base.to(accumulation_dtype(base.scalar_type()));
-      if (config_.init_lora_weights() == LoraInit::kOlora) {
+      if (config().init_lora_weights() == LoraInit::kOlora) {
         const auto [Q, R] = at::linalg_qr(W0);
         A.copy_(R.narrow(0, 0, r));
         B.copy_(Q.narrow(1, 0, r));
       } else {
-        const auto iterations = config_.pissa_niter();
+        const auto iterations = config().pissa_niter();
         const auto svd = iterations == 0 ? detail::exact_svd(W0, r) : detail::randomised_svd(W0, r, iterations);
-        const auto root = (svd.S / std::abs(s)).sqrt();
-        A.copy_(root.unsqueeze(1) * svd.V);
-        B.copy_(svd.U * root * (s < 0 ? -1 : 1));
+        const auto start = svd.factors(s, r);
+        A.copy_(start.A);
+        B.copy_(start.B);
       }
     }
     return std::make_shared<StartedLoraUpdate>(A, B, s, spec.embedding);
@@ -266,8 +253,6 @@ class LoRA final : public Method {
     return otherwise;
   }
 
-  LoraConfig config_;
-  Targeting targeting_;
   Matchers<int64_t> ranks_;
   Matchers<double> alphas_;
 };

@@ -5,6 +5,7 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
 #include <lora/config/miss_config.h>
+#include <lora/methods/configured_method.h>
 #include <lora/methods/folds.h>
 #include <lora/methods/method.h>
 #include <lora/version.h>
@@ -86,42 +87,27 @@ class MissBatUpdate final : public Update {
 };
 
 /// The method MiSS with its configuration.
-class MiSS final : public Method {
+class MiSS final : public ConfiguredMethod<MissConfig> {
  public:
-  /// Its configuration's type.
-  using Config = MissConfig;
+  using ConfiguredMethod::ConfiguredMethod;
 
-  /// Throws c10::ValueError for a configuration out of range.
-  explicit MiSS(MissConfig config) : config_(std::move(config)) {
-    config_.validate();
-    targeting_ = config_.targeting();
-  }
-
-  /// As it was given.
-  const MissConfig& config() const noexcept { return config_; }
-
-  const char* peft_type() const override { return MissConfig::kPeftType; }
-  const Targeting& targeting() const override { return targeting_; }
-  double dropout() const override { return config_.miss_dropout(); }
-  at::ScalarType tensor_dtype(at::ScalarType base) const override {
-    return config_.autocast_adapter_dtype() ? accumulation_dtype(base) : base;
-  }
+  double dropout() const override { return config().miss_dropout(); }
 
   std::shared_ptr<Update> create(const UpdateSpec& spec) const override {
-    const auto r = config_.r(), in = spec.in_features, out = spec.out_features;
+    const auto r = config().r(), in = spec.in_features, out = spec.out_features;
     if (form() == MissForm::kBat) {
       return std::make_shared<MissBatUpdate>(at::zeros({out / r, r, r}, spec.options), in);
     }
-    const auto columns = form() == MissForm::kMini ? config_.mini_r() : out;
+    const auto columns = form() == MissForm::kMini ? config().mini_r() : out;
     return std::make_shared<MissUpdate>(at::zeros({r, columns}, spec.options), in, out);
   }
 
   std::string refusal(const UpdateSpec& spec, bool is_part) const override {
-    const auto r = config_.r(), in = spec.in_features, out = spec.out_features;
+    const auto r = config().r(), in = spec.in_features, out = spec.out_features;
     if (r > in)
       return "r = " + std::to_string(r) + " and " + std::to_string(in) + " inputs, expected no more than those";
-    if (form() == MissForm::kMini && out % config_.mini_r() != 0) {
-      return "mini_r = " + std::to_string(config_.mini_r()) + " and " + std::to_string(out) +
+    if (form() == MissForm::kMini && out % config().mini_r() != 0) {
+      return "mini_r = " + std::to_string(config().mini_r()) + " and " + std::to_string(out) +
              " outputs, expected a divisor of those";
     }
     if (form() != MissForm::kBat) return "";
@@ -133,14 +119,10 @@ class MiSS final : public Method {
            "], expected a divisor of both for MiSS's form \"bat\"";
   }
 
-  const char* prefix() const override { return MissConfig::kPrefix; }
   std::vector<const char*> keys_unknown_to_peft() const override { return {"fan_in_fan_out"}; }
 
  private:
-  MissForm form() const { return config_.init_weights(); }
-
-  MissConfig config_;
-  Targeting targeting_;
+  MissForm form() const { return config().init_weights(); }
 };
 
 LORA_NAMESPACE_END

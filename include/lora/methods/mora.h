@@ -11,6 +11,7 @@
 #include <ATen/ops/zeros.h>
 #include <lora/config/mora_config.h>
 #include <lora/methods/cached.h>
+#include <lora/methods/configured_method.h>
 #include <lora/methods/folds.h>
 #include <lora/methods/method.h>
 #include <lora/version.h>
@@ -112,53 +113,32 @@ class MoraRotatedUpdate final : public Update {
 };
 
 /// The method MoRA with its configuration.
-class MoRA final : public Method {
+class MoRA final : public ConfiguredMethod<MoraConfig> {
  public:
-  /// Its configuration's type.
-  using Config = MoraConfig;
-
-  /// Throws c10::ValueError for a configuration out of range.
-  explicit MoRA(MoraConfig config) : config_(std::move(config)) {
-    config_.validate();
-    targeting_ = config_.targeting();
-  }
-
-  /// As it was given.
-  const MoraConfig& config() const noexcept { return config_; }
+  using ConfiguredMethod::ConfiguredMethod;
 
   /// q for a weight [out, in]: √(r·(in + out)), rounded; of type 6 the even number below.
   int64_t size_of_matrix(int64_t in, int64_t out) const {
-    const auto q = static_cast<int64_t>(std::sqrt(static_cast<double>((in + out) * config_.r())) + 0.5);
-    return config_.mora_type() == 6 ? q / 2 * 2 : q;
+    const auto q = static_cast<int64_t>(std::sqrt(static_cast<double>((in + out) * config().r())) + 0.5);
+    return config().mora_type() == 6 ? q / 2 * 2 : q;
   }
 
-  const char* peft_type() const override { return MoraConfig::kPeftType; }
-  const Targeting& targeting() const override { return targeting_; }
-  double dropout() const override { return config_.mora_dropout(); }
-  at::ScalarType tensor_dtype(at::ScalarType base) const override {
-    return config_.autocast_adapter_dtype() ? accumulation_dtype(base) : base;
-  }
+  double dropout() const override { return config().mora_dropout(); }
 
   std::shared_ptr<Update> create(const UpdateSpec& spec) const override {
     const auto in = spec.in_features, out = spec.out_features, q = size_of_matrix(in, out);
     const auto M = at::zeros({q, q}, spec.options);
-    if (config_.mora_type() == 1) return std::make_shared<MoraSharedUpdate>(M, in, out);
+    if (config().mora_type() == 1) return std::make_shared<MoraSharedUpdate>(M, in, out);
     return std::make_shared<MoraRotatedUpdate>(M, in, out);
   }
 
   std::string refusal(const UpdateSpec& spec, bool /*is_part*/) const override {
-    if (config_.mora_type() == 1) return "";
+    if (config().mora_type() == 1) return "";
     if (spec.embedding || spec.convolution) {
       return "MoRA's type 6 for an embedding or a convolution, expected a matrix of a product; choose mora_type 1";
     }
     return "";
   }
-
-  const char* prefix() const override { return MoraConfig::kPrefix; }
-
- private:
-  MoraConfig config_;
-  Targeting targeting_;
 };
 
 LORA_NAMESPACE_END

@@ -6,9 +6,11 @@
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/randn.h>
+#include <lora/methods/update.h>
 #include <lora/version.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <tuple>
 #include <utility>
@@ -19,6 +21,12 @@ namespace detail {
 /// The first k singular values of W [m, n] with their vectors: W ≈ U·diag(S)·V, U [m, k], V [k, n].
 struct TruncatedSvd {
   at::Tensor U, S, V;
+
+  /// U·diag(S)·V of the first k as s·B·A, the roots of S in both factors.
+  LowRank factors(double s, int64_t k) const {
+    const auto root = (S.narrow(0, 0, k) / std::abs(s)).sqrt();
+    return {root.unsqueeze(1) * V.narrow(0, 0, k), U.narrow(1, 0, k) * root * (s < 0 ? -1 : 1), s};
+  }
 };
 
 inline TruncatedSvd exact_svd(const at::Tensor& W, int64_t k) {

@@ -6,10 +6,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/GradMode.h>
-#include <c10/core/InferenceMode.h>
 #include <lora/config/vera_config.h>
 #include <lora/methods/cached.h>
+#include <lora/methods/configured_method.h>
 #include <lora/methods/method.h>
 #include <lora/version.h>
 
@@ -25,7 +24,7 @@ LORA_NAMESPACE_BEGIN
 /// The frozen A [r, in] and B [out, r] that all updates of a VeRA adapter share, as large as the largest needs.
 struct VeraProjection {
   at::Tensor A;  ///< [r, in]
-  at::Tensor B;  ///< [out, r]
+  at::Tensor B;  ///< [out, r], its columns contiguous.
 
   /// As PEFT draws them, on the CPU in float32 by a generator with the seed: first A ~ U(−a, a) with a = √6/√in, then B
   /// with √6/√r (Kaiming's bound with the fan of each).
@@ -37,7 +36,7 @@ struct VeraProjection {
     const at::TensorOptions options(at::kFloat);
     auto A = at::empty({r, in}, options).uniform_(-bound(in), bound(in), generator);
     auto B = at::empty({out, r}, options).uniform_(-bound(r), bound(r), generator);
-    return {std::move(A), std::move(B)};
+    return {std::move(A), B.t().contiguous().t()};
   }
 };
 
@@ -64,15 +63,9 @@ class VeraUpdate final : public Update {
 
   /// b and d are in B: products with the frozen A alone keep no input for the backward.
   Factors factors(const BaseRows& /*base*/) const override {
-    const auto make = [&] {
-      const auto rows = projection_.B.narrow(0, 0, out_features());
-      return Factors{{LowRank{projection_.A.narrow(1, 0, in_), b_.unsqueeze(1) * d_ * rows, 1}}, {}, {}};
-    };
-    if (c10::GradMode::is_enabled() && (d_.requires_grad() || b_.requires_grad())) return make();
-    return factors_.get({&projection_.A, &projection_.B, &d_, &b_}, [&] {
-      const c10::InferenceMode no_inference(false);  // they outlive the mode
-      const c10::NoGradGuard no_grad;
-      return make();
+    return factors_.get_or_record({&projection_.A, &projection_.B, &d_, &b_}, [&] {
+      const auto Bt = projection_.B.narrow(0, 0, out_features()).t();  // as it and the product's gradient lie in memory
+      return Factors{{LowRank{projection_.A.narrow(1, 0, in_), (d_.unsqueeze(1) * b_ * Bt).t(), 1}}, {}, {}};
     });
   }
 
@@ -90,26 +83,11 @@ class VeraUpdate final : public Update {
 };
 
 /// The method VeRA with its configuration.
-class VeRA final : public Method {
+class VeRA final : public ConfiguredMethod<VeraConfig> {
  public:
-  /// Its configuration's type.
-  using Config = VeraConfig;
+  using ConfiguredMethod::ConfiguredMethod;
 
-  /// Throws c10::ValueError for a configuration out of range.
-  explicit VeRA(VeraConfig config) : config_(std::move(config)) {
-    config_.validate();
-    targeting_ = config_.targeting();
-  }
-
-  /// As it was given.
-  const VeraConfig& config() const noexcept { return config_; }
-
-  const char* peft_type() const override { return VeraConfig::kPeftType; }
-  const Targeting& targeting() const override { return targeting_; }
-  double dropout() const override { return config_.vera_dropout(); }
-  at::ScalarType tensor_dtype(at::ScalarType base) const override {
-    return config_.autocast_adapter_dtype() ? accumulation_dtype(base) : base;
-  }
+  double dropout() const override { return config().vera_dropout(); }
 
   std::shared_ptr<Update> create(const UpdateSpec& spec) const override { return create_all({spec}).front(); }
 
@@ -119,7 +97,7 @@ class VeRA final : public Method {
       in = std::max(in, spec.in_features);
       out = std::max(out, spec.out_features);
     }
-    const auto r = config_.r();
+    const auto r = config().r();
     std::vector<std::pair<at::TensorOptions, VeraProjection>> drawn;  // of each device and dtype
     std::vector<std::shared_ptr<Update>> updates;
     for (const auto& spec : specs) {
@@ -129,29 +107,24 @@ class VeRA final : public Method {
       });
       if (known == drawn.end()) {
         const auto projection = options.device().is_meta()
-                                    ? VeraProjection{at::empty({r, in}, options), at::empty({out, r}, options)}
-                                    : VeraProjection::draw(r, in, out, config_.projection_prng_key());
+                                    ? VeraProjection{at::empty({r, in}, options), at::empty({r, out}, options).t()}
+                                    : VeraProjection::draw(r, in, out, config().projection_prng_key());
         drawn.push_back({options, {projection.A.to(options), projection.B.to(options)}});
         known = drawn.end() - 1;
       }
-      updates.push_back(std::make_shared<VeraUpdate>(known->second, at::full({r}, config_.d_initial(), options),
+      updates.push_back(std::make_shared<VeraUpdate>(known->second, at::full({r}, config().d_initial(), options),
                                                      at::zeros({spec.out_features}, options), spec.in_features));
     }
     return updates;
   }
 
   std::vector<StoredTensor> store_shared(const Update& update) const override {
-    if (!config_.save_projection()) return {};
+    if (!config().save_projection()) return {};
     const auto& projection = static_cast<const VeraUpdate&>(update).projection();
     return {{"base_model.vera_A", projection.A}, {"base_model.vera_B", projection.B}};
   }
   bool may_lack_shared() const override { return true; }
-  const char* prefix() const override { return VeraConfig::kPrefix; }
   std::vector<const char*> keys_unknown_to_peft() const override { return {"exclude_modules"}; }
-
- private:
-  VeraConfig config_;
-  Targeting targeting_;
 };
 
 LORA_NAMESPACE_END

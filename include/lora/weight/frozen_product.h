@@ -11,6 +11,7 @@
 #include <lora/detail/torch_compat.h>
 #include <lora/version.h>
 
+#include <cstdint>
 #include <exception>
 #include <optional>
 #include <string>
@@ -82,6 +83,17 @@ inline bool onednn_takes(const at::Tensor& matrix) {
 inline at::Tensor multiply(ProductKernel kernel, const at::Tensor& x, const at::Tensor& matrix) {
   if (kernel == ProductKernel::kOneDnn && onednn_takes(matrix)) return onednn_product(x, matrix, std::nullopt);
   return at::matmul(x, matrix);
+}
+
+/// sum [rows, out] += x [rows, r] · matrix [r, out] by the given kernel, to be called without autograd.
+inline void add_product(ProductKernel kernel, at::Tensor sum, const at::Tensor& x, const at::Tensor& matrix) {
+  // oneDNN's operator adds to no tensor, so that the sum is read once more: from here on it is quicker still.
+  constexpr int64_t kLeastRank = 64;
+  if (kernel == ProductKernel::kOneDnn && x.size(1) >= kLeastRank && onednn_takes(matrix)) {
+    sum.add_(onednn_product(x, matrix, std::nullopt));
+  } else {
+    sum.addmm_(x, matrix);
+  }
 }
 
 }  // namespace detail

@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -171,9 +172,9 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     auto d_base = dy;
     if (wants_out) {
       if (again) refuse_second_derivative();
-      auto [scaled, sums] = scale_gradients(dy, rows_of(base), out_scale);
-      d_base = scaled;
-      results[out_index] = saved.alpha == 1 ? sums : sums * saved.alpha;
+      at::Tensor sums;
+      std::tie(d_base, sums) = scale_gradients(dy, rows_of(base), out_scale);
+      results[out_index] = scaled(sums, saved.alpha);
     } else if (out_scale.defined()) {
       d_base = scaled_sum(dy, out_scale, 1, {}, 0);
     }
@@ -203,7 +204,7 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
       }
       const bool wants_down = ctx->needs_input_grad(static_cast<size_t>(&d_down - results.data()));
       if (!wants_down && !dx.defined()) continue;
-      const auto dh = multiply(kernel, dy_range, term.up().t()) * term.scaling;
+      const auto dh = scaled(multiply(kernel, dy_range, term.up().t()), term.scaling);
       if (wants_down) {
         d_down = multiply(kernel, dh.t().contiguous(), term.in_range(dropped(term, x)));
         if (term.transposed) d_down = d_down.t();
@@ -211,10 +212,10 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
       }
       if (!dx.defined()) continue;
       if (term.dropout == nullptr) {
-        term.in_range(dx).addmm_(dh, term.down().t());
+        add_product(kernel, term.in_range(dx), dh, term.down().t());
       } else {
         auto through = at::zeros_like(dx);
-        term.in_range(through).addmm_(dh, term.down().t());
+        add_product(kernel, term.in_range(through), dh, term.down().t());
         dx.add_(dropped(term, through));
       }
     }
@@ -243,9 +244,11 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     return term.dropout == nullptr ? x : term.dropout->apply(x);
   }
 
+  static at::Tensor scaled(const at::Tensor& tensor, double factor) { return factor == 1 ? tensor : tensor * factor; }
+
   /// h = s·x·D.
   static at::Tensor narrowed(const LowRankTerm& term, const at::Tensor& x, ProductKernel kernel) {
-    return multiply(kernel, term.in_range(dropped(term, x)), term.down()) * term.scaling;
+    return scaled(multiply(kernel, term.in_range(dropped(term, x)), term.down()), term.scaling);
   }
 
   static at::Tensor frozen_product(const ProductCall& call, Saved& saved) {
@@ -266,7 +269,7 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     for (const auto& stored : call.terms) {
       const auto term = stored.to(x.scalar_type());
       const auto h = narrowed(term, x, call.kernel);
-      term.out_range(rows).addmm_(h, term.up());
+      add_product(call.kernel, term.out_range(rows), h, term.up());
       saved.narrowed.push_back(h);
     }
     return y;
@@ -278,8 +281,8 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     const auto transposed = matrix.t();
     const bool choose = saved.plan != nullptr && !again;
     const auto kernel = choose ? saved.plan->choose(dy.size(0), transposed) : ProductKernel::kAten;
-    auto dx = multiply(kernel, dy, transposed);
-    return saved.alpha == 1 ? dx : dx * saved.alpha;
+    const auto dx = multiply(kernel, dy, transposed);
+    return scaled(dx, saved.alpha);
   }
 };
 
