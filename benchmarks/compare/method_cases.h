@@ -1,7 +1,7 @@
 // Cases of the methods beside LoRA.
 #pragma once
 
-#include <algorithm>
+#include <functional>
 #include <map>
 #include <string>
 #include <utility>
@@ -11,14 +11,15 @@
 #include "setup.h"           // defines: Arguments, make_optimizer
 #include "training_cases.h"  // defines: labels_of, loss_of
 
-/// A training step and a forward of each method on GPT-2 124M's c_attn and attn.c_proj, in turn in one process: an
-/// adapter of each in the model, one of them active. LoRA and DoRA with r = 8, VeRA with PEFT's 256, MoRA and MiSS with
-/// as many parameters as r = 8 or fewer.
+/// A training step and a forward of each method on GPT-2 124M's c_attn and attn.c_proj, each in turn with LoRA's, so
+/// that what one leaves in the caches and in the allocator is not another's but LoRA's: [the method's, LoRA's] seconds.
+/// LoRA and DoRA with r = 8, VeRA with PEFT's 256, MoRA and MiSS with as many parameters as r = 8 or fewer.
 inline Json methods(const Arguments& arguments) {
   auto model = load_gpt2(arguments.path("gpt2"));
   model->to(arguments.scalar_type());
+  const std::string reference = "LoRA";
   const lora::TargetModules targets{"c_attn", "attn.c_proj"};
-  auto adapters = lora::inject(*model, lora::LoraConfig().r(8).lora_alpha(16).target_modules(targets), "LoRA");
+  auto adapters = lora::inject(*model, lora::LoraConfig().r(8).lora_alpha(16).target_modules(targets), reference);
   adapters.add(lora::LoraConfig().r(8).lora_alpha(16).use_dora(true).target_modules(targets), "DoRA");
   adapters.add(lora::VeraConfig().target_modules(targets), "VeRA");
   adapters.add(lora::MoraConfig().mora_type(1).target_modules(targets), "MoRA, type 1");
@@ -41,28 +42,34 @@ inline Json methods(const Arguments& arguments) {
     adapters.set_trainable({name});
     optimizers.emplace(name, make_optimizer(adapters));
   }
-  std::map<std::string, std::vector<double>> steps, forwards, tokens;
-  model->train();
-  for (int i = 0; i < arguments.steps; ++i) {
-    for (auto& [name, optimizer] : optimizers) {
-      adapters.set_active({name});
-      adapters.set_trainable({name});
-      steps[name].push_back(seconds_of([&, &step = optimizer] {
-        loss_of(arguments, model, ids, labels).backward();
-        step.step();
-        step.zero_grad();
-      }));
+  const auto activate = [&](const std::string& name) {
+    adapters.set_active({name});
+    adapters.set_trainable({name});
+  };
+  using Pairs = std::map<std::string, std::vector<std::pair<double, double>>>;
+  const auto in_turn = [&](Pairs& pairs, int rounds, const std::function<void(const std::string&)>& work) {
+    for (const auto& name : adapters.names()) {
+      if (name == reference) continue;
+      for (int i = 0; i < rounds; ++i) {
+        activate(reference);
+        const auto seconds = seconds_of([&] { work(reference); });
+        activate(name);
+        pairs[name].emplace_back(seconds_of([&] { work(name); }), seconds);
+      }
     }
-  }
+  };
+  Pairs steps, forwards, tokens;
+  model->train();
+  in_turn(steps, arguments.steps, [&](const std::string& name) {
+    loss_of(arguments, model, ids, labels).backward();
+    auto& optimizer = optimizers.at(name);
+    optimizer.step();
+    optimizer.zero_grad();
+  });
   model->eval();
   const at::NoGradGuard no_grad;
   const auto one = ids.narrow(0, 0, 1).narrow(1, 0, 1);
-  for (int i = 0; i < 3 * arguments.steps; ++i) {
-    for (const auto& [name, optimizer] : optimizers) {
-      adapters.set_active({name});
-      forwards[name].push_back(seconds_of([&] { model->transformer->forward(ids); }));
-      tokens[name].push_back(seconds_of([&] { model->transformer->forward(one); }));
-    }
-  }
+  in_turn(forwards, 3 * arguments.steps, [&](const std::string&) { model->transformer->forward(ids); });
+  in_turn(tokens, 3 * arguments.steps, [&](const std::string&) { model->transformer->forward(one); });
   return {{"seconds", steps}, {"forward_seconds", forwards}, {"token_seconds", tokens}};
 }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,14 @@ struct Factors {
 
   /// Whether W0 itself stays as it is.
   bool is_sum() const { return !rows.defined() && !columns.defined(); }
+};
+
+/// An update whose factors are frozen, x·ΔWᵀ = (((x·Aᵀ) ⊙ middle)·Bᵀ) ⊙ rows.
+struct FrozenFactors {
+  at::Tensor A;       ///< [r, in]
+  at::Tensor middle;  ///< [r]
+  at::Tensor B;       ///< [out, r]
+  at::Tensor rows;    ///< [out]
 };
 
 /// What a tensor of an adapter is to an optimizer.
@@ -88,6 +97,10 @@ class Update {
   virtual bool has_product() const { return false; }
   /// x·ΔWᵀ [*, out] for x [*, in], differentiable in x and the update's tensors.
   virtual at::Tensor product(const at::Tensor& /*x*/) const { return {}; }
+
+  /// The same update with frozen factors, for training: a product with them has no gradient as large as B. Nothing
+  /// where it has none.
+  virtual std::optional<FrozenFactors> frozen_factors() const { return std::nullopt; }
 
   /// ΔW [out, in], differentiable in the update's tensors.
   virtual at::Tensor dense(const BaseRows& base) const;

@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -24,7 +25,7 @@ LORA_NAMESPACE_BEGIN
 /// The frozen A [r, in] and B [out, r] that all updates of a VeRA adapter share, as large as the largest needs.
 struct VeraProjection {
   at::Tensor A;  ///< [r, in]
-  at::Tensor B;  ///< [out, r], its columns contiguous.
+  at::Tensor B;  ///< [out, r]
 
   /// As PEFT draws them, on the CPU in float32 by a generator with the seed: first A ~ U(−a, a) with a = √6/√in, then B
   /// with √6/√r (Kaiming's bound with the fan of each).
@@ -36,7 +37,7 @@ struct VeraProjection {
     const at::TensorOptions options(at::kFloat);
     auto A = at::empty({r, in}, options).uniform_(-bound(in), bound(in), generator);
     auto B = at::empty({out, r}, options).uniform_(-bound(r), bound(r), generator);
-    return {std::move(A), B.t().contiguous().t()};
+    return {std::move(A), std::move(B)};
   }
 };
 
@@ -61,12 +62,16 @@ class VeraUpdate final : public Update {
             {"vera_lambda_b", b_, TensorRole::kOutput, {"", 0, 0}}};
   }
 
-  /// b and d are in B: products with the frozen A alone keep no input for the backward.
+  /// b and d are in B.
   Factors factors(const BaseRows& /*base*/) const override {
     return factors_.get_or_record({&projection_.A, &projection_.B, &d_, &b_}, [&] {
-      const auto Bt = projection_.B.narrow(0, 0, out_features()).t();  // as it and the product's gradient lie in memory
-      return Factors{{LowRank{projection_.A.narrow(1, 0, in_), (d_.unsqueeze(1) * b_ * Bt).t(), 1}}, {}, {}};
+      const auto rows = projection_.B.narrow(0, 0, out_features());
+      return Factors{{LowRank{projection_.A.narrow(1, 0, in_), b_.unsqueeze(1) * d_ * rows, 1}}, {}, {}};
     });
+  }
+
+  std::optional<FrozenFactors> frozen_factors() const override {
+    return FrozenFactors{projection_.A.narrow(1, 0, in_), d_, projection_.B.narrow(0, 0, out_features()), b_};
   }
 
   std::shared_ptr<Update> clone(const TensorCopier& copy) const override {
@@ -107,7 +112,7 @@ class VeRA final : public ConfiguredMethod<VeraConfig> {
       });
       if (known == drawn.end()) {
         const auto projection = options.device().is_meta()
-                                    ? VeraProjection{at::empty({r, in}, options), at::empty({r, out}, options).t()}
+                                    ? VeraProjection{at::empty({r, in}, options), at::empty({out, r}, options)}
                                     : VeraProjection::draw(r, in, out, config().projection_prng_key());
         drawn.push_back({options, {projection.A.to(options), projection.B.to(options)}});
         known = drawn.end() - 1;

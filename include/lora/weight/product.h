@@ -49,9 +49,16 @@ struct BlockFactors {
     Overlap rows;
     const Update* update;
   };
+  struct Frozen {
+    Overlap rows;
+    FrozenFactors factors;
+  };
   const WeightAdapter* adapter;
   std::vector<Part> parts;
   std::vector<Product> products;  // those whose product is wanted in place of their factors
+  std::vector<Frozen> frozen;     // those whose frozen factors are
+
+  bool empty() const { return parts.empty() && products.empty() && frozen.empty(); }
 };
 
 /// What the active adapters make of a block of a weight: diag(rows)·W0·diag(columns) + Σ of their factors.
@@ -80,13 +87,20 @@ inline std::optional<BlockUpdate> block_update(const AdaptedWeight::Snapshot& sn
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // which would round W0·Aᵀ
   BlockUpdate update;
   for (const auto& adapter : snapshot.active) {
-    BlockFactors found{adapter.get(), {}, {}};
+    BlockFactors found{adapter.get(), {}, {}, {}};
     for (const auto& part : adapter->parts) {
       const Overlap rows(part.begin, part.update->out_features(), block);
       if (rows.length <= 0) continue;
-      if (by_product && block.columns == part.update->in_features() && part.update->has_product()) {
+      const bool all_columns = by_product && block.columns == part.update->in_features();
+      if (all_columns && part.update->has_product()) {
         found.products.push_back({rows, part.update.get()});
         continue;
+      }
+      if (all_columns && c10::GradMode::is_enabled() && rows.length == part.update->out_features()) {
+        if (auto frozen = part.update->frozen_factors()) {
+          found.frozen.push_back({rows, std::move(*frozen)});
+          continue;
+        }
       }
       if (!part.update->is_factored()) return std::nullopt;
       auto factors = part.update->factors(part.base(weight.base(), weight.layout()));
@@ -109,7 +123,7 @@ inline std::optional<BlockUpdate> block_update(const AdaptedWeight::Snapshot& sn
       }
       found.parts.push_back({rows, std::move(factors)});
     }
-    if (!found.parts.empty() || !found.products.empty()) update.adapters.push_back(std::move(found));
+    if (!found.empty()) update.adapters.push_back(std::move(found));
   }
   if (update.rows.defined() && update.columns.defined()) return std::nullopt;
   const bool scales = update.rows.defined() || update.columns.defined();
@@ -218,11 +232,13 @@ inline void apply_autocast(ProductCall& call) {
 /// The kernel that the model's plan chooses for a product with a frozen matrix.
 inline ProductKernel chosen_kernel(const ProductCall& call) {
   const auto& [x, matrix, addend] = std::tie(call.x, call.matrix, call.addend);
-  const bool is_affine = call.alpha == 1 && (!addend || (call.beta == 1 && addend->dim() == 1));
+  // Of a scaled product the sum is a step of its own.
+  const bool is_affine = call.is_scaled() || (call.alpha == 1 && (!addend || (call.beta == 1 && addend->dim() == 1)));
   // Whatever does not fit is left to ATen, which says what is wrong.
   if (call.plan == nullptr || !is_affine || x.dim() == 0 || x.size(-1) != matrix.size(0)) return ProductKernel::kAten;
   if (x.scalar_type() != matrix.scalar_type() || x.device() != matrix.device()) return ProductKernel::kAten;
-  if (addend && (addend->size(0) != matrix.size(1) || addend->scalar_type() != x.scalar_type())) {
+  const bool adds = addend && !call.is_scaled();
+  if (adds && (addend->size(0) != matrix.size(1) || addend->scalar_type() != x.scalar_type())) {
     return ProductKernel::kAten;
   }
   return call.plan->choose(matrix.size(0) == 0 ? 0 : x.numel() / matrix.size(0), matrix);
@@ -273,6 +289,35 @@ inline void add_products(const BlockFactors& adapter, const at::Tensor& x, doubl
   }
 }
 
+/// y + alpha·x·ΔWᵀ for the updates with frozen factors: two products without a gradient of their matrices.
+inline at::Tensor with_frozen_factors(const BlockFactors& adapter, const at::Tensor& x, double alpha,
+                                      const std::shared_ptr<const Dropout>& dropout,
+                                      const std::shared_ptr<ProductPlan>& plan, at::Tensor y) {
+  if (adapter.frozen.empty()) return y;
+  const auto plain = [](const at::Tensor& from, const at::Tensor& matrix, const std::optional<at::Tensor>&) {
+    return at::matmul(from, matrix);
+  };
+  const auto product = [&](const at::Tensor& from, const at::Tensor& matrix) {
+    return ProductCall{plain, from, matrix.to(from.scalar_type()), {}, 1, 1, plan, ProductKernel::kAten, {}, {}, {}};
+  };
+  const auto dropped = dropout == nullptr ? x : dropout->apply(x);
+  for (const auto& [rows, factors] : adapter.frozen) {
+    auto call = product(product_of(product(dropped, factors.A.t())), factors.B.t());
+    call.in_scale = factors.middle;
+    call.out_scale = factors.rows;
+    call.alpha = alpha;
+    const bool whole = rows.length == y.size(-1);
+    if (whole) call.addend = y;
+    const auto result = product_of(std::move(call));
+    if (whole) {
+      y = result;
+    } else {
+      y.narrow(-1, rows.in_block, rows.length).add_(result);
+    }
+  }
+  return y;
+}
+
 /// beta·addend + alpha·x·V for a view V [in, out] of an adapted weight, the adapters' terms with alpha.
 ///
 /// `plain` runs the operator that the caller would run on a plain weight, so that without an active adapter and with
@@ -315,7 +360,10 @@ inline at::Tensor adapted_product(const at::Tensor& x, AdaptedWeightImpl& carrie
     call.out_scale = view.transposed ? update.rows : update.columns;
   }
   auto y = product_of(std::move(call));
-  for (size_t i = 0; i < update.adapters.size(); ++i) add_products(update.adapters[i], x, alpha, dropouts[i], y);
+  for (size_t i = 0; i < update.adapters.size(); ++i) {
+    add_products(update.adapters[i], x, alpha, dropouts[i], y);
+    y = with_frozen_factors(update.adapters[i], x, alpha, dropouts[i], calls->plan(), std::move(y));
+  }
   if (adapted) {
     for (const auto& adapter : snapshot->active) {
       if (adapter->rows.defined()) add_row_change(adapter->rows, values, *weight, x, view, alpha, y);
