@@ -180,7 +180,7 @@ inline std::optional<int> parse_options(int argc, char** argv, Options& options)
                                      "grid of five, three seeds");
   auto* const compare_methods = app.add_flag("--compare-methods", options.compare_methods,
                                              "compare all methods from the same base: each one's lr from the same "
-                                             "grid of four, one seed, 100 steps where --steps is not given");
+                                             "grid of five, one seed, 100 steps where --steps is not given");
   compare->excludes(compare_methods);
   auto* const grid =
       app.add_option("--grid", options.grid, "learning rates that a comparison tries in place of its own")

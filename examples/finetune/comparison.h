@@ -36,7 +36,7 @@ inline Comparison lora_comparison() {
 
 /// --compare-methods: all of them, in a quarter of an hour.
 inline Comparison methods_comparison() {
-  Comparison comparison{"--compare-methods", {}, {1e-3, 5e-3, 2e-2, 1e-1}, 1, 1, 100};
+  Comparison comparison{"--compare-methods", {}, {2e-3, 1e-2, 3e-2, 1e-1, 3e-1}, 1, 1, 100};
   for (const auto& method : methods()) comparison.methods.push_back(&method);
   return comparison;
 }

@@ -111,18 +111,17 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     if (call.in_scale.defined()) inputs.push_back(call.in_scale);
     if (call.out_scale.defined()) inputs.push_back(call.out_scale);
     if (call.addend) inputs.push_back(*call.addend);
-    const auto saved = c10::make_intrusive<Saved>();
     const bool records =
         c10::GradMode::is_enabled() &&
         std::any_of(inputs.begin(), inputs.end(), [](const at::Tensor& input) { return input.requires_grad(); });
-    return records ? apply(saved, &call, at::TensorList(inputs)) : compute(call, *saved);
+    return records ? apply(c10::make_intrusive<Saved>(), &call, at::TensorList(inputs)) : compute(call, nullptr);
   }
 
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const c10::intrusive_ptr<Saved>& saved,
                             const ProductCall* call, at::TensorList inputs) {
     const auto y = [&] {
       const at::AutoDispatchBelowADInplaceOrView no_autograd;  // else y may be a view that nobody may write to
-      return compute(*call, *saved);
+      return compute(*call, saved.get());
     }();
     saved->x_sizes = call->x.sizes().vec();
     saved->alpha = call->alpha;
@@ -251,17 +250,20 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
     return scaled(multiply(kernel, term.in_range(dropped(term, x)), term.down()), term.scaling);
   }
 
-  static at::Tensor frozen_product(const ProductCall& call, Saved& saved) {
+  static at::Tensor frozen_product(const ProductCall& call, Saved* saved) {
     if (call.is_scaled()) {
       const auto x = call.in_scale.defined() ? scaled_sum(call.x, call.in_scale, 1, {}, 0) : call.x;
-      saved.base = multiply(call.kernel, x, call.matrix);
-      return scaled_sum(saved.base, call.out_scale, call.alpha, call.addend, call.beta);
+      auto base = multiply(call.kernel, x, call.matrix);
+      if (saved != nullptr) saved->base = base;
+      return saved != nullptr ? scaled_sum(base, call.out_scale, call.alpha, call.addend, call.beta)
+                              : scaled_sum_(base, call.out_scale, call.alpha, call.addend, call.beta);
     }
     if (call.kernel == ProductKernel::kOneDnn) return onednn_product(call.x, call.matrix, call.addend);
     return call.plain(call.x, call.matrix, call.addend);
   }
 
-  static at::Tensor compute(const ProductCall& call, Saved& saved) {
+  /// `saved`: null where there is no backward to come.
+  static at::Tensor compute(const ProductCall& call, Saved* saved) {
     auto y = frozen_product(call, saved);
     if (call.terms.empty()) return y;
     const auto x = rows_of(call.x);
@@ -270,7 +272,7 @@ class LowRankProduct : public torch::autograd::Function<LowRankProduct> {
       const auto term = stored.to(x.scalar_type());
       const auto h = narrowed(term, x, call.kernel);
       add_product(call.kernel, term.out_range(rows), h, term.up());
-      saved.narrowed.push_back(h);
+      if (saved != nullptr) saved->narrowed.push_back(h);
     }
     return y;
   }

@@ -28,6 +28,16 @@ inline at::Tensor scaled_sum(const at::Tensor& y, const at::Tensor& scale, doubl
   return at::addcmul(beta == 1 ? *addend : *addend * beta, y, factor).to(y.scalar_type());
 }
 
+/// The same in y's memory, which is read and written once.
+inline at::Tensor scaled_sum_(at::Tensor& y, const at::Tensor& scale, double alpha,
+                              const std::optional<at::Tensor>& addend, double beta) {
+  const bool one_type = scale.defined() && scale.scalar_type() == y.scalar_type();
+  if (!addend || !one_type || addend->scalar_type() != y.scalar_type()) {
+    return scaled_sum(y, scale, alpha, addend, beta);
+  }
+  return at::addcmul_out(y, beta == 1 ? *addend : *addend * beta, y, alpha == 1 ? scale : scale * alpha);
+}
+
 /// Columns [begin, end) of `result` = dy ⊙ scale and of `sums` = Σ over rows of dy ⊙ y, each number read once.
 template <int64_t width>
 struct ScaleGradientKernel {
