@@ -25,9 +25,13 @@ class ConfiguredMethod : public Method {
   /// As it was given.
   const Config& config() const noexcept { return config_; }
 
+  /// The configuration's kPeftType.
   const char* peft_type() const override { return Config::kPeftType; }
+  /// The configuration's kPrefix.
   const char* prefix() const override { return Config::kPrefix; }
+  /// What the configuration's targeting() says.
   const Targeting& targeting() const override { return targeting_; }
+  /// None, for methods without an option of it.
   double dropout() const override { return 0; }
   /// At least float32, unless the configuration says the base's.
   at::ScalarType tensor_dtype(at::ScalarType base) const override {
