@@ -1,14 +1,6 @@
 #pragma once
 
-#include <lora/config/ia3_config.h>
-#include <lora/config/miss_config.h>
-#include <lora/config/mora_config.h>
-#include <lora/config/vera_config.h>
 #include <lora/lora.h>  // defines: inject, LoraConfig, Adapters, LoraFa, PrefixTuning, PromptTuning, param_groups
-#include <lora/methods/ia3.h>
-#include <lora/methods/miss.h>
-#include <lora/methods/mora.h>
-#include <lora/methods/vera.h>
 #include <torch/optim/adamw.h>
 #include <torch/types.h>
 #include <torch/utils.h>
