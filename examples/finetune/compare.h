@@ -118,8 +118,9 @@ inline void compare(const Options& options, const Comparison& comparison,
   const auto seeds = comparison.seeds;
   std::cout << "Each method tries the learning rates";
   for (const auto lr : rates) std::cout << ' ' << lr;
-  std::cout << " with the seeds " << options.seed << " to " << options.seed + seeds - 1
-            << ", each run in a process of its own.\n";
+  std::cout << " with the seed" << (seeds == 1 ? " " : "s ") << options.seed;
+  if (seeds > 1) std::cout << " to " << options.seed + seeds - 1;
+  std::cout << ", each run in a process of its own.\n";
   auto all_runs = Json::array();
   std::vector<MethodRuns> best_runs;
   TimeLeft time_left(comparison.methods.size() * rates.size() * seeds);

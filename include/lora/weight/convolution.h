@@ -10,8 +10,8 @@
 #include <c10/util/string_view.h>
 #include <lora/version.h>
 #include <lora/weight/adapted_weight.h>
+#include <lora/weight/block_update.h>
 #include <lora/weight/kernels.h>
-#include <lora/weight/product.h>
 
 #include <algorithm>
 #include <cstdint>

@@ -9,8 +9,8 @@
 #include <c10/core/GradMode.h>
 #include <lora/version.h>
 #include <lora/weight/adapted_weight.h>
+#include <lora/weight/block_update.h>
 #include <lora/weight/kernels.h>
-#include <lora/weight/product.h>
 
 #include <algorithm>
 #include <cstdint>
