@@ -331,11 +331,11 @@ TEST_F(Programs, ADivergedRunHasAnExitCodeOfItsOwn) {
 }
 
 TEST_F(Programs, ACompareTableComesFromTheSameGridForAll) {
-  const auto outcome = run(finetune + base + "--steps 2 --compare --json compare.json");
+  const auto outcome = run(finetune + base + "--steps 2 --grid 1e-3 1e-2 --compare --json compare.json");
   ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
   EXPECT_THAT(outcome.output, HasSubstr("100.0 %"));
   const auto runs = json("compare.json")["runs"];
-  ASSERT_EQ(runs.size(), 3U * 5U * 3U);
+  ASSERT_EQ(runs.size(), 3U * 2U * 3U);
   std::set<double> rates;
   std::set<std::string> methods;
   std::set<int> seeds;
@@ -345,7 +345,7 @@ TEST_F(Programs, ACompareTableComesFromTheSameGridForAll) {
     methods.insert(one["method"].get<std::string>());
     seeds.insert(one["seed"].get<int>());
   }
-  EXPECT_EQ(rates.size(), 5U);
+  EXPECT_EQ(rates, (std::set<double>{1e-3, 1e-2}));
   EXPECT_EQ(methods, (std::set<std::string>{"lora", "lora+", "full"}));
   EXPECT_EQ(seeds, (std::set<int>{1, 2, 3}));
 }

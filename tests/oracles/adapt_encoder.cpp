@@ -14,8 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "harness/script.h"   // defines: is_optimised, script_state
-#include "oracles/program.h"  // defines: run_program
+#include "harness/script.h"  // defines: is_optimised, script_state
+#include "oracles/commands.h"
 
 namespace {
 
@@ -88,6 +88,4 @@ void adapt(const std::string& model, const std::string& data_file, const std::st
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  return run_program(argc == 4, "adapt_encoder ENCODER.pt DATA OUT", [&] { adapt(argv[1], argv[2], argv[3]); });
-}
+void adapt_encoder(const Arguments& arguments) { adapt(arguments[0], arguments[1], arguments[2]); }

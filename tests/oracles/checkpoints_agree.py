@@ -1,6 +1,6 @@
 """Do transformers and we read and write the same checkpoints?
 
-    checkpoints_agree.py PROGRAM    PROGRAM IN OUT BYTES [TIED OF] loads IN and saves it as shards in the folder OUT
+    checkpoints_agree.py PROGRAM    PROGRAM copy_checkpoint IN OUT BYTES [TIED OF] loads IN and saves it as shards in the folder OUT
 
 transformers writes GPT-2 whole and in shards, torch.save writes it as pytorch_model.bin, and PROGRAM copies each whole and
 in shards; from_pretrained has to find every tensor of the copies, with the values that the model had.
@@ -54,7 +54,7 @@ def main():
                     title = f"{source.name}, tied {tied}, shards of {size}, without {left_out}"
                     copy = folder / "copy"
                     shutil.rmtree(copy, ignore_errors=True)
-                    subprocess.run([program, source, copy, str(size), *left_out], check=True)
+                    subprocess.run([program, "copy_checkpoint", source, copy, str(size), *left_out], check=True)
                     shutil.copy(source / "config.json", copy)
                     verdicts.check((copy / "model.safetensors").exists() == (size > 5000), f"{title}: {list(copy.iterdir())}")
                     loaded, info = transformers.GPT2LMHeadModel.from_pretrained(copy, output_loading_info=True)

@@ -1,6 +1,6 @@
 """Are the checksums that C++ writes with an adapter those of zlib?
 
-    checksums_agree.py PROGRAM      PROGRAM OUT writes any number of adapters into the folder OUT
+    checksums_agree.py PROGRAM      PROGRAM write_adapters OUT writes any number of adapters into the folder OUT
 """
 
 import json
@@ -29,7 +29,7 @@ def checksums(file):
 
 def main():
     folder = work_folder()
-    subprocess.run([sys.argv[1], folder], check=True)
+    subprocess.run([sys.argv[1], "write_adapters", folder], check=True)
     verdicts = Verdicts()
     for path in sorted(folder.rglob("adapter_model.safetensors")):
         with safe_open(path, "pt") as file:

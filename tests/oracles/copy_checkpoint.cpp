@@ -5,13 +5,11 @@
 
 #include <string>
 
-#include "oracles/program.h"  // defines: run_program
+#include "oracles/commands.h"
 
-int main(int argc, char** argv) {
-  return run_program(argc == 4 || argc == 6, "copy_checkpoint IN OUT BYTES [TIED OF]", [&] {
-    lora::SaveCheckpointOptions options;
-    options.max_shard_bytes(std::stoll(argv[3]));
-    if (argc == 6) options.tied({{argv[4], argv[5]}});
-    lora::save_checkpoint(lora::load_checkpoint(argv[1]), argv[2], options);
-  });
+void copy_checkpoint(const Arguments& arguments) {
+  lora::SaveCheckpointOptions options;
+  options.max_shard_bytes(std::stoll(arguments[2]));
+  if (arguments.size() == 5) options.tied({{arguments[3], arguments[4]}});
+  lora::save_checkpoint(lora::load_checkpoint(arguments[0]), arguments[1], options);
 }

@@ -2,11 +2,9 @@
 
 #include <lora/io/safetensors.h>
 
-#include "oracles/program.h"  // defines: run_program
+#include "oracles/commands.h"
 
-int main(int argc, char** argv) {
-  return run_program(argc == 3, "copy_safetensors IN OUT", [&] {
-    const lora::SafetensorsFile file = lora::load_safetensors_with_metadata(argv[1]);
-    lora::save_safetensors(file.tensors, argv[2], file.metadata);
-  });
+void copy_safetensors(const Arguments& arguments) {
+  const lora::SafetensorsFile file = lora::load_safetensors_with_metadata(arguments[0]);
+  lora::save_safetensors(file.tensors, arguments[1], file.metadata);
 }

@@ -2,9 +2,8 @@
 
 #include <lora/io/torch_pickle.h>
 
-#include "oracles/program.h"  // defines: run_program
+#include "oracles/commands.h"
 
-int main(int argc, char** argv) {
-  return run_program(argc == 3, "copy_torch_pickle IN OUT",
-                     [&] { lora::save_torch_pickle(lora::load_torch_pickle(argv[1]), argv[2]); });
+void copy_torch_pickle(const Arguments& arguments) {
+  lora::save_torch_pickle(lora::load_torch_pickle(arguments[0]), arguments[1]);
 }

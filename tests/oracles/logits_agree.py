@@ -2,7 +2,7 @@
 
     logits_agree.py PROGRAM [MODEL_FOLDER...]    without folders: random checkpoints of several shapes
 
-PROGRAM MODEL_FOLDER OUT loads a Hugging Face folder, writes OUT/data.safetensors with ids [batch, length] (int64) and
+PROGRAM gpt2_logits MODEL_FOLDER OUT loads a Hugging Face folder, writes OUT/data.safetensors with ids [batch, length] (int64) and
 their logits [batch, length, vocab], and saves the model as the folder OUT/model, which transformers then reads too.
 """
 
@@ -54,7 +54,7 @@ def main():
     for number, folder in enumerate(folders):
         out = work / f"out{number}"
         out.mkdir()
-        subprocess.run([program, folder, out], check=True)
+        subprocess.run([program, "gpt2_logits", folder, out], check=True)
         data = load_file(out / "data.safetensors")
         for source in (folder, out / "model"):
             logits = transformers.GPT2LMHeadModel.from_pretrained(source).eval()(data["ids"]).logits

@@ -1,6 +1,6 @@
 """Does Python PEFT load the virtual tokens that C++ wrote, and compute the same logits with them?
 
-    peft_loads_our_prompts.py PROGRAM      PROGRAM OUT writes the folder model and the PEFT folders beside it
+    peft_loads_our_prompts.py PROGRAM      PROGRAM write_prompts OUT writes the folder model and the PEFT folders beside it
 """
 
 import subprocess
@@ -30,7 +30,7 @@ def judge(folder, verdicts):
 
 def main():
     out = work_folder()
-    subprocess.run([sys.argv[1], out], check=True)
+    subprocess.run([sys.argv[1], "write_prompts", out], check=True)
     verdicts = Verdicts()
     for folder in sorted(path.parent for path in out.glob("*/adapter_config.json")):
         judge(folder, verdicts)

@@ -1,6 +1,6 @@
 """Does Python PEFT load the adapters that C++ wrote, and compute the same?
 
-    peft_loads_ours.py PROGRAM      PROGRAM OUT writes any number of case folders into the folder OUT
+    peft_loads_ours.py PROGRAM      PROGRAM write_adapters OUT writes any number of case folders into the folder OUT
     peft_loads_ours.py FOLDER...    case folders that are there already
 
 A case folder holds manifest.json:
@@ -123,7 +123,7 @@ def main():
     for argument in map(pathlib.Path, sys.argv[1:]):
         if argument.is_file():
             out = work_folder()
-            subprocess.run([argument, out], check=True)
+            subprocess.run([argument, "write_adapters", out], check=True)
             argument = out
         folders += sorted(path.parent for path in argument.rglob("manifest.json"))
     verdicts = Verdicts()

@@ -1,6 +1,6 @@
 """Do Python's safetensors and ours read and write the same files?
 
-    safetensors_agree.py PROGRAM    PROGRAM IN OUT loads IN and saves its tensors and metadata as OUT
+    safetensors_agree.py PROGRAM    PROGRAM copy_safetensors IN OUT loads IN and saves its tensors and metadata as OUT
 
 Python writes a file of every dtype; ours has to come out with the same bytes, and Python reads it with the same values.
 """
@@ -44,7 +44,7 @@ def main():
     for name, tensors, metadata in files:
         theirs, ours = folder / f"{name}.safetensors", folder / f"{name}.ours.safetensors"
         save_file(tensors, theirs, metadata)
-        subprocess.run([program, theirs, ours], check=True)
+        subprocess.run([program, "copy_safetensors", theirs, ours], check=True)
         verdicts.check(theirs.read_bytes() == ours.read_bytes(), f"{name}: the bytes differ")
         loaded = load_file(ours)
         verdicts.check(loaded.keys() == tensors.keys(), f"{name}: names {sorted(loaded)}")

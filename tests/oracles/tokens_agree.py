@@ -2,7 +2,7 @@
 
     tokens_agree.py PROGRAM VOCAB.json MERGES.txt STRINGS.json
 
-PROGRAM with the three files as arguments writes a JSON list to its standard output: for each string its list of ids.
+PROGRAM encode_strings with the three files as arguments writes a JSON list to its standard output: for each string its list of ids.
 Random strings are added to STRINGS.
 """
 
@@ -36,7 +36,7 @@ def main():
     strings = json.load(open(strings_path, encoding="utf-8")) + list(random_strings(5000))
     all_strings = work_folder() / "strings.json"
     all_strings.write_text(json.dumps(strings))
-    ours = json.loads(subprocess.run([program, vocab, merges, all_strings], check=True, stdout=subprocess.PIPE).stdout)
+    ours = json.loads(subprocess.run([program, "encode_strings", vocab, merges, all_strings], check=True, stdout=subprocess.PIPE).stdout)
     tokenizer = ByteLevelBPETokenizer(vocab, merges, add_prefix_space=False)
     tokenizer.add_special_tokens(["<|endoftext|>"])
 

@@ -1,6 +1,6 @@
 """Do Python's torch.save and torch.load and ours read and write the same tensors?
 
-    torch_pickle_agrees.py PROGRAM FILE...      PROGRAM IN OUT loads IN and saves its tensors as OUT
+    torch_pickle_agrees.py PROGRAM FILE...      PROGRAM copy_torch_pickle IN OUT loads IN and saves its tensors as OUT
 
 Python writes what state dicts hold; ours has to come out with the same names and values, for torch.load with
 weights_only. FILEs are read too, as far as they are there. What is no dict of tensors has to be refused by name.
@@ -63,7 +63,7 @@ def identical(a, b):
 
 def judge(verdicts, program, title, path, expected):
     ours = path.with_suffix(".ours.pt")
-    if not verdicts.check(subprocess.run([program, path, ours]).returncode == 0, f"{title}: is not read"):
+    if not verdicts.check(subprocess.run([program, "copy_torch_pickle", path, ours]).returncode == 0, f"{title}: is not read"):
         return
     for mapped in (False, True):
         loaded = torch.load(ours, weights_only=True, mmap=mapped)
@@ -105,7 +105,7 @@ def refused(verdicts, program, folder):
 
 
 def judge_refused(verdicts, program, title, path, message):
-    result = subprocess.run([program, path, path.with_suffix(".ours.pt")], capture_output=True, text=True)
+    result = subprocess.run([program, "copy_torch_pickle", path, path.with_suffix(".ours.pt")], capture_output=True, text=True)
     verdicts.check(result.returncode == 2 and message in result.stderr, f"{title}: {result.stderr}")
 
 

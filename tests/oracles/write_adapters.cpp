@@ -17,8 +17,8 @@
 
 #include "models/gpt2.h"             // defines: GPT2LMHeadModel
 #include "models/gpt2_checkpoint.h"  // defines: save_gpt2
-#include "oracles/models.h"          // defines: Mlp, MhaBlock, state_dict
-#include "oracles/program.h"         // defines: run_program
+#include "oracles/commands.h"
+#include "oracles/models.h"  // defines: Mlp, MhaBlock, state_dict
 
 namespace {
 
@@ -295,16 +295,14 @@ void write_methods(const std::string& out) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  return run_program(argc == 2, "write_adapters OUT", [&] {
-    torch::manual_seed(20260107);
-    const std::string out = argv[1];
-    write_mlps(out);
-    write_several_adapters(out);
-    write_sequential(out);
-    write_attention(out);
-    write_gpt2(out);
-    write_options(out);
-    write_methods(out);
-  });
+void write_adapters(const Arguments& arguments) {
+  torch::manual_seed(20260107);
+  const auto& out = arguments[0];
+  write_mlps(out);
+  write_several_adapters(out);
+  write_sequential(out);
+  write_attention(out);
+  write_gpt2(out);
+  write_options(out);
+  write_methods(out);
 }

@@ -13,7 +13,7 @@
 
 #include "models/gpt2.h"             // defines: GPT2LMHeadModel, GPT2Inputs
 #include "models/gpt2_checkpoint.h"  // defines: save_gpt2
-#include "oracles/program.h"         // defines: run_program
+#include "oracles/commands.h"
 
 namespace {
 
@@ -56,9 +56,7 @@ void write(const std::string& out) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  return run_program(argc == 2, "write_prompts OUT", [&] {
-    torch::manual_seed(20260128);
-    write(argv[1]);
-  });
+void write_prompts(const Arguments& arguments) {
+  torch::manual_seed(20260128);
+  write(arguments[0]);
 }
