@@ -144,6 +144,7 @@ void finetune(Options& options) {
 
 int main(int argc, char** argv) try {
   sleep_while_waiting(argv);
+  lora::limit_kernel_caches();
   Options options;
   if (const auto exit_code = parse_options(argc, argv, options)) return *exit_code;
   check_outputs(options);

@@ -40,6 +40,7 @@
 #include <lora/prompt/prefix_tuning.h>       // defines: PrefixTuning, load_prefix_tuning, PastKeyValues
 #include <lora/prompt/prompt_tuning.h>       // defines: PromptTuning, load_prompt_tuning
 #include <lora/train/keep_freed_memory.h>    // defines: keep_freed_memory
+#include <lora/train/limit_kernel_caches.h>  // defines: limit_kernel_caches
 #include <lora/train/param_groups.h>         // defines: LoraPlusOptions
 #include <lora/train/schedule.h>             // defines: Schedule, ScheduleOptions, ScheduleType, schedule_factor
 #include <lora/training_state.h>             // defines: TrainingState

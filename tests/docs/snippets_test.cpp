@@ -241,6 +241,7 @@ TEST_F(Snippet, OfTheGuideHeadLossAndMemory) {
   lora::keep_freed_memory();
   EXPECT_NE(c10::GetCPUAllocator(), before);
   c10::SetCPUAllocator(before);
+  lora::limit_kernel_caches();
   const lora::FastOperators fast;
   const auto logits = model->forward(ids);
   EXPECT_NEAR(loss.item<double>(), at::cross_entropy_loss(logits.flatten(0, 1), labels.flatten()).item<double>(), 1e-5);

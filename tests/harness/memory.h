@@ -16,6 +16,13 @@
 
 namespace harness {
 
+/// What of the process lies in memory.
+inline size_t resident_bytes() {
+  size_t all = 0, resident = 0;
+  std::ifstream("/proc/self/statm") >> all >> resident;
+  return resident * static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+}
+
 /// The largest tensor that is allocated on this thread while it lives.
 class LargestAllocation {
  public:

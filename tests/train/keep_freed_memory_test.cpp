@@ -42,12 +42,6 @@ long faults_of(std::size_t bytes) {
   return faults() - before;
 }
 
-std::size_t resident_bytes() {
-  std::size_t all = 0, resident = 0;
-  std::ifstream("/proc/self/statm") >> all >> resident;
-  return resident * 4096;
-}
-
 TEST(TensorMemory, TakesPagesFromTheSystemOnce) {
   faults_of(24 * kMega);
   EXPECT_LT(faults_of(24 * kMega), 16);
@@ -58,11 +52,11 @@ TEST(TensorMemory, TakesPagesFromTheSystemOnce) {
 }
 
 TEST(TensorMemory, HoldsLittleMoreThanItsTensorsTookAtTheirMost) {
-  const auto before = resident_bytes();
+  const auto before = harness::resident_bytes();
   for (std::size_t size = 4; size <= 128; size += size / 4) written(size * kMega);
-  EXPECT_LT(resident_bytes() - before, 150 * kMega);
+  EXPECT_LT(harness::resident_bytes() - before, 150 * kMega);
   const auto first = written(60 * kMega), second = written(60 * kMega);
-  EXPECT_LT(resident_bytes() - before, 150 * kMega);
+  EXPECT_LT(harness::resident_bytes() - before, 150 * kMega);
 }
 
 TEST(TensorMemory, GivesBlocksOfAnySizeThatDoNotOverlap) {
