@@ -16,11 +16,16 @@
 
 namespace harness {
 
-/// What of the process lies in memory.
-inline size_t resident_bytes() {
-  size_t all = 0, resident = 0;
-  std::ifstream("/proc/self/statm") >> all >> resident;
-  return resident * static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+/// What the process has of the address space, and what of that lies in memory.
+struct ProcessBytes {
+  size_t reserved = 0, resident = 0;
+};
+
+inline ProcessBytes process_bytes() {
+  const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  size_t reserved = 0, resident = 0;
+  std::ifstream("/proc/self/statm") >> reserved >> resident;
+  return {reserved * page, resident * page};
 }
 
 /// The largest tensor that is allocated on this thread while it lives.
@@ -48,9 +53,7 @@ class MemoryLimit {
   explicit MemoryLimit(size_t bytes) {
     ::getrlimit(RLIMIT_AS, &before_);
     if (kAddressSanitizer) return;
-    size_t pages = 0;
-    std::ifstream("/proc/self/statm") >> pages;
-    const rlimit limit{pages * static_cast<size_t>(::sysconf(_SC_PAGESIZE)) + bytes, before_.rlim_max};
+    const rlimit limit{process_bytes().reserved + bytes, before_.rlim_max};
     ::setrlimit(RLIMIT_AS, &limit);
   }
   MemoryLimit(const MemoryLimit&) = delete;

@@ -52,11 +52,11 @@ TEST(TensorMemory, TakesPagesFromTheSystemOnce) {
 }
 
 TEST(TensorMemory, HoldsLittleMoreThanItsTensorsTookAtTheirMost) {
-  const auto before = harness::resident_bytes();
+  const auto before = harness::process_bytes().resident;
   for (std::size_t size = 4; size <= 128; size += size / 4) written(size * kMega);
-  EXPECT_LT(harness::resident_bytes() - before, 150 * kMega);
+  EXPECT_LT(harness::process_bytes().resident - before, 150 * kMega);
   const auto first = written(60 * kMega), second = written(60 * kMega);
-  EXPECT_LT(harness::resident_bytes() - before, 150 * kMega);
+  EXPECT_LT(harness::process_bytes().resident - before, 150 * kMega);
 }
 
 TEST(TensorMemory, GivesBlocksOfAnySizeThatDoNotOverlap) {

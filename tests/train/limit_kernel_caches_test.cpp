@@ -37,9 +37,9 @@ int growth_after(const std::function<void()>& prepare) {
     std::size_t before = 0;
     for (int64_t rows = 17; rows < 317; ++rows) {
       lora::detail::onednn_product(at::ones({rows, 240}), matrix, std::nullopt);
-      if (rows == 17) before = harness::resident_bytes();
+      if (rows == 17) before = harness::process_bytes().resident;
     }
-    const auto grown = harness::resident_bytes() - before;
+    const auto grown = harness::process_bytes().resident - before;
     std::_Exit(static_cast<int>(std::min<std::size_t>(grown >> 20, 255)));
   };
   const auto take = [&](int status) {
@@ -52,11 +52,8 @@ int growth_after(const std::function<void()>& prepare) {
 
 class LimitKernelCaches : public ::testing::Test {
  protected:
-  LimitKernelCaches() { ::testing::FLAGS_gtest_death_test_style = "threadsafe"; }
-  ~LimitKernelCaches() override { ::testing::FLAGS_gtest_death_test_style = style_; }
-
- private:
-  std::string style_ = ::testing::FLAGS_gtest_death_test_style;
+  /// For this test alone: GoogleTest sets its flags back after each.
+  LimitKernelCaches() { GTEST_FLAG_SET(death_test_style, "threadsafe"); }
 };
 
 TEST_F(LimitKernelCaches, LetsOldKernelsGo) {
